@@ -1,0 +1,145 @@
+#include "host/numeric.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "runtime/layout.h"
+
+// One binary for every x86-64: the loops are compiled twice and the better version is chosen when the library is
+// loaded. Sanitizers cannot run that early.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(JAX_NIXLEP_SANITIZE)
+#define JN_CLONES __attribute__((target_clones("arch=haswell", "default")))
+#else
+#define JN_CLONES
+#endif
+#define JN_INLINE __attribute__((always_inline)) inline
+
+namespace jax_nixlep {
+namespace {
+
+constexpr float kFp8Max = 448.0f;
+constexpr float kAmaxFloor = 1e-4f;
+
+template <typename T>
+JN_INLINE void AddScaledLoop(float* sum, const T* x, float weight, size_t n) {
+  for (size_t i = 0; i < n; ++i) sum[i] += weight * ToFloat(x[i]);
+}
+template <typename T>
+JN_INLINE void AddLoop(float* sum, const T* x, size_t n) {
+  for (size_t i = 0; i < n; ++i) sum[i] += ToFloat(x[i]);
+}
+template <typename From, typename To>
+JN_INLINE void ConvertLoop(To* out, const From* x, size_t n) {
+  for (size_t i = 0; i < n; ++i) out[i] = FromFloat<To>(ToFloat(x[i]));
+}
+
+// Rounds to nearest even, saturates; NaN stays NaN.
+JN_INLINE uint8_t ToE4m3(float x) {
+  const uint32_t u = std::bit_cast<uint32_t>(x);
+  const uint32_t sign = u >> 24 & 0x80;
+  const float magnitude = std::min(std::fabs(x), kFp8Max);
+  const uint32_t m = std::bit_cast<uint32_t>(magnitude);
+  // Normal numbers drop 20 mantissa bits; below 2^-6 the grid is 2^-9, which adding 2^14 rounds to.
+  const uint32_t normal = ((m + 0x7FFFF + (m >> 20 & 1)) >> 20) - (120u << 3);
+  const uint32_t subnormal = std::bit_cast<uint32_t>(magnitude + 16384.0f) - std::bit_cast<uint32_t>(16384.0f);
+  const uint32_t code = magnitude < 0.015625f ? subnormal : normal;
+  return uint8_t(x != x ? 0x7F : sign | code);
+}
+
+constexpr float FromE4m3(uint8_t code) {
+  const uint32_t exponent = code >> 3 & 0xF, mantissa = code & 7;
+  float magnitude = 0;
+  if (exponent == 15 && mantissa == 7) {
+    magnitude = std::bit_cast<float>(0x7FC00000u);
+  } else if (exponent) {
+    magnitude = std::bit_cast<float>((exponent + 120) << 23 | mantissa << 20);
+  } else {
+    magnitude = float(mantissa) / 512;
+  }
+  return code & 0x80 ? -magnitude : magnitude;
+}
+
+constexpr auto kE4m3 = [] {
+  std::array<float, 256> table{};
+  for (int i = 0; i < 256; ++i) table[i] = FromE4m3(uint8_t(i));
+  return table;
+}();
+
+template <typename T>
+JN_INLINE void QuantizeLoop(uint8_t* values, std::byte* scales, const T* x, size_t n, Fp8Options options) {
+  for (size_t block = 0; block < n / kQuantBlock; ++block, x += kQuantBlock, values += kQuantBlock) {
+    float amax = kAmaxFloor;
+    for (int i = 0; i < kQuantBlock; ++i) {
+      const float magnitude = std::fabs(ToFloat(x[i]));
+      amax = magnitude > amax ? magnitude : amax;
+    }
+    float scale = kFp8Max / amax, inverse = amax * (1 / kFp8Max);
+    if (options.round_scale) {
+      const uint32_t bits = std::bit_cast<uint32_t>(inverse);
+      const uint32_t exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0);
+      inverse = std::bit_cast<float>(exponent << 23);
+      scale = std::bit_cast<float>((254 - exponent) << 23);
+    }
+    for (int i = 0; i < kQuantBlock; ++i) values[i] = ToE4m3(ToFloat(x[i]) * scale);
+    if (options.format == ScaleFormat::kUe8m0) {
+      scales[block] = std::byte(std::bit_cast<uint32_t>(inverse) >> 23);
+    } else {
+      std::memcpy(scales + block * sizeof(float), &inverse, sizeof(float));
+    }
+  }
+}
+
+template <typename T>
+JN_INLINE void DequantizeLoop(T* out, const uint8_t* values, const std::byte* scales, size_t n, Fp8Options options) {
+  for (size_t block = 0; block < n / kQuantBlock; ++block, out += kQuantBlock, values += kQuantBlock) {
+    float scale;
+    if (options.format == ScaleFormat::kUe8m0) {
+      scale = std::bit_cast<float>(uint32_t(scales[block]) << 23);
+    } else {
+      std::memcpy(&scale, scales + block * sizeof(float), sizeof(float));
+    }
+    for (int i = 0; i < kQuantBlock; ++i) out[i] = FromFloat<T>(kE4m3[values[i]] * scale);
+  }
+}
+
+}  // namespace
+
+#define JN_DEFINE(T)                                                                                       \
+  template <>                                                                                              \
+  JN_CLONES void AddScaled(float* sum, const T* x, float weight, size_t n) {                               \
+    AddScaledLoop(sum, x, weight, n);                                                                      \
+  }                                                                                                        \
+  template <>                                                                                              \
+  JN_CLONES void Add(float* sum, const T* x, size_t n) {                                                   \
+    AddLoop(sum, x, n);                                                                                    \
+  }                                                                                                        \
+  template <>                                                                                              \
+  JN_CLONES void Store(T* out, const float* x, size_t n) {                                                 \
+    ConvertLoop(out, x, n);                                                                                \
+  }                                                                                                        \
+  template <>                                                                                              \
+  JN_CLONES void Quantize(uint8_t* values, std::byte* scales, const T* x, size_t n, Fp8Options options) {  \
+    QuantizeLoop(values, scales, x, n, options);                                                           \
+  }                                                                                                        \
+  template <>                                                                                              \
+  JN_CLONES void Dequantize(T* out, const uint8_t* values, const std::byte* scales, size_t n, Fp8Options options) { \
+    DequantizeLoop(out, values, scales, n, options);                                                       \
+  }
+JN_DEFINE(float)
+JN_DEFINE(bfloat16)
+JN_DEFINE(float16)
+#undef JN_DEFINE
+
+#define JN_CONVERT(From, To)                                   \
+  template <>                                                  \
+  JN_CLONES void Convert(To* out, const From* x, size_t n) {   \
+    ConvertLoop(out, x, n);                                    \
+  }
+JN_CONVERT(float, bfloat16)
+JN_CONVERT(bfloat16, float)
+JN_CONVERT(float16, bfloat16)
+JN_CONVERT(bfloat16, float16)
+#undef JN_CONVERT
+
+}  // namespace jax_nixlep

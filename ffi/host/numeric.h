@@ -1,0 +1,58 @@
+// Rows of numbers on the CPU: conversions, scaled sums and fp8 quantisation, one function per inner loop.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace jax_nixlep {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+using float16 = _Float16;
+
+inline float ToFloat(float x) { return x; }
+inline float ToFloat(float16 x) { return float(x); }
+inline float ToFloat(bfloat16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
+
+template <typename T>
+inline T FromFloat(float x) {
+  return T(x);
+}
+template <>
+inline bfloat16 FromFloat<bfloat16>(float x) {
+  const uint32_t u = std::bit_cast<uint32_t>(x);
+  const uint32_t rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+  const uint32_t quiet_nan = (u >> 16) | 0x40;
+  return {uint16_t((u & 0x7FFFFFFF) > 0x7F800000 ? quiet_nan : rounded)};
+}
+
+// How rows travel.
+enum class Wire : int32_t { kSame = 0, kBf16 = 1, kFp8 = 2 };
+// What an fp8 scale is stored as.
+enum class ScaleFormat : int32_t { kFloat32 = 0, kUe8m0 = 1 };
+
+struct Fp8Options {
+  ScaleFormat format = ScaleFormat::kFloat32;
+  bool round_scale = false;
+};
+
+// For T in float, bfloat16, float16. `n` counts values.
+template <typename T>
+void AddScaled(float* sum, const T* x, float weight, size_t n);  // sum += weight * x, a product then an addition
+template <typename T>
+void Add(float* sum, const T* x, size_t n);
+template <typename T>
+void Store(T* out, const float* x, size_t n);
+template <typename From, typename To>
+void Convert(To* out, const From* x, size_t n);
+// e4m3 values and one scale per kQuantBlock of them (float32, or the exponent byte of a power of two).
+// Formulas of NVIDIA NIXL-EP: amax floored at 1e-4, scale 448 / amax, optionally rounded up to a power of two.
+template <typename T>
+void Quantize(uint8_t* values, std::byte* scales, const T* x, size_t n, Fp8Options options);
+template <typename T>
+void Dequantize(T* out, const uint8_t* values, const std::byte* scales, size_t n, Fp8Options options);
+
+}  // namespace jax_nixlep

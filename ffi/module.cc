@@ -1,0 +1,116 @@
+// Python's face of the CPU module: endpoints, handlers, and every constant that Python needs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <unistd.h>
+
+#include "host/handlers.h"
+#include "host/ops.h"
+#include "host/registry.h"
+
+namespace py = pybind11;
+using namespace jax_nixlep;
+
+namespace {
+
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+template <typename Function>
+py::capsule Handler(Function* function) {
+  return py::capsule(reinterpret_cast<void*>(function));
+}
+
+py::dict Address(const Endpoint& endpoint) {
+  py::dict address;
+  address["pid"] = getpid();
+  address["fd"] = endpoint.memory()->fd();
+  address["nonce"] = endpoint.nonce();
+  address["base"] = reinterpret_cast<uintptr_t>(endpoint.memory()->data());
+  return address;
+}
+
+py::dict Health(const Endpoint& endpoint, int rank) {
+  PeerHealth health = endpoint.Health(rank);
+  py::dict row;
+  row["member"] = health.member;
+  row["masked"] = health.masked;
+  row["path"] = health.path;
+  row["bytes_out"] = health.bytes_out;
+  row["bytes_in"] = health.bytes_in;
+  row["wait_s"] = double(health.wait_us) * 1e-6;
+  row["timeouts"] = health.timeouts;
+  return row;
+}
+
+std::shared_ptr<Endpoint> MakeEndpoint(int rank, int max_ranks, int experts_per_rank, int max_tokens, int top_k,
+                                       int64_t row_bytes, double timeout_s, bool mask_late_peers) {
+  Capacity capacity{max_ranks, experts_per_rank, max_tokens, top_k, int64_t(AlignUp(size_t(row_bytes)))};
+  return std::make_shared<Endpoint>(EndpointOptions{rank, capacity, timeout_s, mask_late_peers});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host, m) {
+  m.doc() = "jax_nixlep on the CPU: endpoints of expert-parallel groups, and XLA FFI handlers";
+  m.attr("XLA_FFI_API_VERSION") = py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  m.attr("WIRE_VERSION") = kWireVersion;
+  m.attr("QUANT_BLOCK") = kQuantBlock;
+  m.attr("PEER_OK") = int(PeerState::kOk);
+  m.attr("PEER_ABSENT") = int(PeerState::kAbsent);
+  m.attr("PEER_TIMED_OUT") = int(PeerState::kTimedOut);
+  m.attr("WIRES") = py::dict(py::arg("same") = int(Wire::kSame), py::arg("bf16") = int(Wire::kBf16),
+                             py::arg("fp8_e4m3") = int(Wire::kFp8));
+  m.attr("SCALE_FORMATS") =
+      py::dict(py::arg("float32") = int(ScaleFormat::kFloat32), py::arg("ue8m0") = int(ScaleFormat::kUe8m0));
+  m.def("handlers", [] {
+    return py::dict(py::arg("dispatch") = Handler(JaxNixlepDispatchCpu),
+                    py::arg("redispatch") = Handler(JaxNixlepRedispatchCpu),
+                    py::arg("combine") = Handler(JaxNixlepCombineCpu));
+  });
+  m.def(
+      "set_endpoint",
+      [](int device, std::shared_ptr<Endpoint> endpoint) { Registry::Get().Set(device, std::move(endpoint)); },
+      py::arg("device"), py::arg("endpoint").none(true), "Operations of local device `device` use `endpoint` (or none).");
+
+  py::register_exception<EpError>(m, "EpError", PyExc_RuntimeError);
+  py::register_exception<NixlError>(m, "NixlError", PyExc_RuntimeError);
+  py::class_<Endpoint, std::shared_ptr<Endpoint>>(m, "Endpoint", "A rank's end of a group; see ffi/runtime/endpoint.h.")
+      .def(py::init(&MakeEndpoint), py::kw_only(), py::arg("rank"), py::arg("max_ranks"), py::arg("experts_per_rank"),
+           py::arg("max_tokens"), py::arg("top_k"), py::arg("row_bytes"), py::arg("timeout_s"),
+           py::arg("mask_late_peers"))
+      .def("address", &Address, "What peers of this machine need to map the region.")
+      .def("map_peer", &Endpoint::MapPeer, py::arg("peer"), py::arg("pid"), py::arg("fd"), py::arg("nonce"), Unlocked())
+      .def(
+          "open_nixl",
+          [](Endpoint& endpoint, const std::string& library, const std::string& name) {
+            std::string metadata;
+            {
+              py::gil_scoped_release unlocked;
+              metadata = endpoint.OpenNixl(library, name);
+            }
+            return py::bytes(metadata);
+          },
+          py::arg("library"), py::arg("name"))
+      .def(
+          "connect_nixl",
+          [](Endpoint& endpoint, int peer, const py::bytes& metadata, uint64_t remote_base) {
+            std::string blob = metadata;
+            py::gil_scoped_release unlocked;
+            endpoint.ConnectNixl(peer, blob, remote_base);
+          },
+          py::arg("peer"), py::arg("metadata"), py::arg("remote_base"))
+      .def("drop_peer", &Endpoint::DropPeer, py::arg("peer"), Unlocked())
+      .def(
+          "activate",
+          [](Endpoint& endpoint, int epoch, const std::vector<int>& members) {
+            py::gil_scoped_release unlocked;
+            endpoint.Activate(uint16_t(epoch), members);
+          },
+          py::arg("epoch"), py::arg("members"))
+      .def("close", &Endpoint::Close, Unlocked())
+      .def("health", &Health, py::arg("rank"))
+      .def_property_readonly("num_bytes", [](const Endpoint& endpoint) { return endpoint.memory()->size(); })
+      .def_property_readonly("epoch", &Endpoint::epoch)
+      .def_property_readonly("num_operations", &Endpoint::num_operations)
+      .def_property_readonly("dropped_rows", [](const Endpoint& e) { return e.dropped_rows.load(); })
+      .def_property_readonly("invalid_ids", [](const Endpoint& e) { return e.invalid_ids.load(); });
+}

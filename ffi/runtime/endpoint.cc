@@ -1,0 +1,395 @@
+#include "runtime/endpoint.h"
+
+#include <linux/futex.h>
+#include <sys/random.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <climits>
+#include <cstring>
+#include <ctime>
+#include <utility>
+
+namespace jax_nixlep {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+
+// Long enough to catch a peer that runs on another core, short enough not to keep it off this one.
+constexpr microseconds kSpin{5};
+// A peer in shared memory rings the doorbell; the sleep is bounded only to notice a death.
+constexpr microseconds kNapShared{100'000};
+// Writes through NIXL ring nothing: look for them this often.
+constexpr microseconds kNapNixl{50};
+constexpr int kMaxPiecesPerTransfer = 512;
+
+template <typename T>
+std::atomic_ref<T> Atomic(T& word) {
+  return std::atomic_ref<T>(word);
+}
+
+uint64_t MakeStamp(uint16_t epoch, uint64_t sequence) { return uint64_t(epoch) << 48 | sequence; }
+
+uint64_t RandomNonce() {
+  uint64_t nonce = 0;
+  if (getrandom(&nonce, sizeof(nonce), 0) != sizeof(nonce)) throw EpError("endpoint: getrandom failed");
+  return nonce | 1;  // never the zero of fresh memory
+}
+
+void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
+
+std::string OpTag::Name(uint64_t packed) {
+  static constexpr const char* kNames[] = {"unknown operation", "dispatch", "dispatch along a handle", "combine"};
+  size_t kind = packed >> 56;
+  return std::string(kNames[kind < std::size(kNames) ? kind : 0]) + " #" + std::to_string(uint32_t(packed));
+}
+
+Endpoint::Endpoint(const EndpointOptions& options) : options_(options), layout_{options.capacity} {
+  memory_ = std::make_shared<SharedMemory>(SharedMemory::Create(layout_.num_bytes()));
+  control(base()).nonce = RandomNonce();
+  for (int r = 0; r < capacity().max_ranks; ++r) peers_.push_back(std::make_unique<Peer>());
+}
+
+Endpoint::~Endpoint() { Close(); }
+
+uint64_t Endpoint::nonce() const { return control(base()).nonce; }
+
+bool Endpoint::MapPeer(int peer, int pid, int fd, uint64_t nonce) {
+  try {
+    return AttachPeer(peer, std::make_shared<SharedMemory>(SharedMemory::Open(pid, fd, layout_.num_bytes())), nonce);
+  } catch (const std::runtime_error&) {  // another machine or container: its ids mean something else here
+    return false;
+  }
+}
+
+bool Endpoint::AttachPeer(int peer, std::shared_ptr<SharedMemory> memory, uint64_t nonce) {
+  if (memory->size() != layout_.num_bytes() || control(memory->data()).nonce != nonce) return false;
+  std::lock_guard lock(busy_);
+  peers_.at(peer)->memory = std::move(memory);
+  return true;
+}
+
+std::string Endpoint::OpenNixl(const std::string& library, const std::string& name) {
+  std::lock_guard lock(busy_);
+  if (!nixl_) {
+    auto agent = std::make_unique<NixlAgent>(library, name);
+    agent->Register(base(), layout_.num_bytes());
+    nixl_ = std::move(agent);
+  }
+  return nixl_->Metadata();
+}
+
+void Endpoint::ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base) {
+  std::lock_guard lock(busy_);
+  Peer& p = *peers_.at(peer);
+  p.agent = nixl_->Connect(metadata);
+  p.remote_base = remote_base;
+  p.memory.reset();
+}
+
+void Endpoint::DropPeer(int peer) {
+  std::lock_guard lock(busy_);
+  Peer& p = *peers_.at(peer);
+  if (!p.agent.empty()) nixl_->Disconnect(p.agent);
+  p.agent.clear();
+  p.memory.reset();
+  p.member = false;
+}
+
+void Endpoint::Activate(uint16_t epoch, std::span<const int> members) {
+  std::lock_guard lock(busy_);
+  for (auto& peer : peers_) peer->member = false, peer->masked = false;
+  for (int r : members) {
+    Peer& peer = *peers_.at(r);
+    if (r != rank() && !peer.memory && peer.agent.empty()) {
+      throw EpError("endpoint: rank " + std::to_string(r) + " is to be a member but is not connected");
+    }
+    peer.member = true;
+  }
+  epoch_ = epoch;
+  sequence_ = 0;
+  failure_.clear();
+  active_ = true;
+}
+
+void Endpoint::Ring(std::byte* region) const {
+  Layout::Control& owner = control(region);
+  Atomic(owner.doorbell).fetch_add(1);
+  if (Atomic(owner.sleepers).load()) syscall(SYS_futex, &owner.doorbell, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
+void Endpoint::SleepUntilRung(uint32_t seen, microseconds at_most) {
+  Layout::Control& own = control(base());
+  timespec span{at_most.count() / 1'000'000, at_most.count() % 1'000'000 * 1000};
+  Atomic(own.sleepers).fetch_add(1);
+  syscall(SYS_futex, &own.doorbell, FUTEX_WAIT, seen, &span, nullptr, 0);  // returns at once if it was rung since
+  Atomic(own.sleepers).fetch_sub(1);
+}
+
+void Endpoint::NotifyPeers(Notice notice) {
+  auto& own = *reinterpret_cast<uint32_t*>(base() + layout_.notice(rank()));
+  Atomic(own).store(uint32_t(notice));
+  for (int r = 0; r < capacity().max_ranks; ++r) {
+    Peer& peer = *peers_[r];
+    if (r == rank() || !peer.member) continue;
+    if (peer.memory) {
+      std::byte* region = peer.memory->data();
+      Atomic(*reinterpret_cast<uint32_t*>(region + layout_.notice(rank()))).store(uint32_t(notice));
+      Ring(region);
+    } else if (nixl_) {
+      try {  // best effort: a peer that cannot be told finds out by its own bounded wait
+        NixlAgent::Piece piece{base() + layout_.notice(rank()), peer.remote_base + layout_.notice(rank()), 4};
+        NixlAgent::Transfer transfer(*nixl_, peer.agent, {&piece, 1});
+        for (auto end = Clock::now() + std::chrono::milliseconds(200); !transfer.Done() && Clock::now() < end;) {
+          usleep(kNapNixl.count());
+        }
+      } catch (const NixlError&) {
+      }
+    }
+  }
+}
+
+void Endpoint::Close() {
+  if (closing_.exchange(true)) return;
+  Ring(base());
+  std::lock_guard lock(busy_);  // an operation that waits gives up now
+  if (failure_.empty()) NotifyPeers(Notice::kLeft);
+  active_ = false;
+  nixl_.reset();
+  for (auto& peer : peers_) peer->memory.reset(), peer->agent.clear(), peer->member = false;
+}
+
+PeerHealth Endpoint::Health(int rank) const {
+  const Peer& peer = *peers_.at(rank);
+  return {.bytes_out = peer.bytes_out,
+          .bytes_in = peer.bytes_in,
+          .wait_us = peer.wait_us,
+          .timeouts = peer.timeouts,
+          .member = peer.member,
+          .masked = peer.masked,
+          .path = rank == this->rank() ? "self" : peer.memory ? "shared memory" : peer.agent.empty() ? "none" : "nixl"};
+}
+
+Operation::Operation(Endpoint& endpoint, OpTag tag, int num_tokens, bool broadcast)
+    : endpoint_(endpoint), busy_(endpoint.busy_), tag_(tag.Pack()), broadcast_(broadcast) {
+  const std::string name = OpTag::Name(tag_);
+  if (endpoint_.closing_ || !endpoint_.active_) throw EpError(name + ": the group was shut down; call initialize first");
+  if (!endpoint_.failure_.empty()) {
+    throw EpError(name + ": the group failed earlier: " + endpoint_.failure_ + "; shut down and initialize again");
+  }
+  if (num_tokens > endpoint_.capacity().max_tokens) {
+    throw EpError(name + ": tokens must be at most max_tokens_per_rank = " +
+                  std::to_string(endpoint_.capacity().max_tokens) + "; got " + std::to_string(num_tokens));
+  }
+  stamp_ = MakeStamp(endpoint_.epoch_, ++endpoint_.sequence_);
+  bank_ = int(endpoint_.sequence_ % kBanks);
+  ++endpoint_.num_operations_;
+  deadline_ = Clock::now() + microseconds(int64_t(endpoint_.options_.timeout_s * 1e6));
+  num_tokens_.assign(max_ranks(), 0);
+  num_tokens_[rank()] = num_tokens;
+  for (auto& peer : endpoint_.peers_) live_.push_back(peer->member && !peer->masked);
+
+  // A reader that was left behind sees by this word that its source went on (Finish).
+  Atomic(endpoint_.control(endpoint_.base()).begun[bank_]).store(stamp_);
+  Signal& own = endpoint_.signal(endpoint_.base(), bank_, rank());
+  own = {stamp_, tag_, uint64_t(num_tokens), Signal::Check(stamp_, tag_, uint64_t(num_tokens))};
+}
+
+Operation::~Operation() {
+  if (finished_) return;
+  outgoing_.clear();
+  if (endpoint_.failure_.empty()) endpoint_.failure_ = Describe() + " did not complete";
+  endpoint_.NotifyPeers(endpoint_.closing_ ? Notice::kLeft : Notice::kFailed);
+}
+
+std::string Operation::Describe() const {
+  return OpTag::Name(tag_) + " (operation " + std::to_string(stamp_ & ((1ull << 48) - 1)) + " of epoch " +
+         std::to_string(stamp_ >> 48) + ")";
+}
+
+std::byte* Operation::region(int rank) const {
+  return rank == this->rank() ? endpoint_.base() : endpoint_.peers_[rank]->memory->data();
+}
+
+Message Operation::outgoing(int to) const {
+  int slot = broadcast_ ? rank() : to;
+  return {endpoint_.base() + endpoint_.layout_.outbox(bank_, slot), &endpoint_.capacity()};
+}
+
+Message Operation::incoming(int from) const {
+  const Layout& layout = endpoint_.layout_;
+  bool pulled = from == rank() || endpoint_.peers_[from]->memory;
+  size_t offset = pulled ? layout.outbox(bank_, broadcast_ ? from : rank()) : layout.inbox(bank_, from);
+  return {(pulled ? region(from) : endpoint_.base()) + offset, &endpoint_.capacity()};
+}
+
+void Operation::Publish(int to, size_t first_bytes, size_t second_bytes, size_t row_bytes,
+                        const std::function<bool(int token)>& sends_row) {
+  if (to == rank() || !live_[to]) return;
+  Endpoint::Peer& peer = *endpoint_.peers_[to];
+  const Signal& own = endpoint_.signal(endpoint_.base(), bank_, rank());
+  if (peer.memory) {
+    Signal& theirs = endpoint_.signal(peer.memory->data(), bank_, rank());
+    Atomic(theirs.tag).store(own.tag, std::memory_order_relaxed);
+    Atomic(theirs.num_tokens).store(own.num_tokens, std::memory_order_relaxed);
+    Atomic(theirs.check).store(own.check, std::memory_order_relaxed);
+    Atomic(theirs.stamp).store(own.stamp, std::memory_order_release);
+    endpoint_.Ring(peer.memory->data());
+    return;
+  }
+  Message message = outgoing(to);
+  uint64_t remote = peer.remote_base + endpoint_.layout_.inbox(bank_, rank());
+  std::vector<NixlAgent::Piece> pieces;
+  auto add = [&](size_t offset, size_t num_bytes) {
+    if (!num_bytes) return;
+    peer.bytes_out += num_bytes;
+    if (!pieces.empty() && pieces.back().remote + pieces.back().num_bytes == remote + offset) {
+      pieces.back().num_bytes += num_bytes;  // rows that lie side by side travel as one
+    } else {
+      pieces.push_back({message.base + offset, remote + offset, num_bytes});
+    }
+  };
+  add(message.first_offset(), first_bytes);
+  add(message.second_offset(), second_bytes);
+  const int tokens = broadcast_ ? num_tokens_[rank()] : endpoint_.capacity().max_tokens;
+  for (int t = 0; row_bytes && t < tokens; ++t) {
+    if (sends_row(t)) add(message.row_offset(t), row_bytes);
+  }
+  try {
+    // The signal follows once the data has arrived: writes of different transfers are not ordered.
+    for (size_t i = 0; i < pieces.size(); i += kMaxPiecesPerTransfer) {
+      auto part = std::span(pieces).subspan(i, std::min<size_t>(kMaxPiecesPerTransfer, pieces.size() - i));
+      outgoing_.push_back({to, false, NixlAgent::Transfer(*endpoint_.nixl_, peer.agent, part)});
+    }
+    if (pieces.empty()) outgoing_.push_back({to, false, NixlAgent::Transfer()});
+    Progress();
+  } catch (const NixlError& error) {
+    throw EpError(Describe() + ": cannot write to rank " + std::to_string(to) + ": " + error.what());
+  }
+}
+
+void Operation::Progress() {
+  for (size_t i = 0; i < outgoing_.size();) {
+    Outgoing& out = outgoing_[i];
+    if (!out.transfer.Done()) {
+      ++i;
+      continue;
+    }
+    const int to = out.to;
+    const bool was_signal = out.is_signal;
+    std::swap(out, outgoing_.back());
+    outgoing_.pop_back();
+    bool last_piece = std::none_of(outgoing_.begin(), outgoing_.end(), [&](auto& other) { return other.to == to; });
+    if (was_signal || !last_piece) continue;
+    const size_t offset = endpoint_.layout_.signal(bank_, rank());
+    const Endpoint::Peer& peer = *endpoint_.peers_[to];
+    NixlAgent::Piece piece{endpoint_.base() + offset, peer.remote_base + offset, sizeof(Signal)};
+    outgoing_.push_back({to, true, NixlAgent::Transfer(*endpoint_.nixl_, peer.agent, {&piece, 1})});
+  }
+}
+
+bool Operation::Arrived(int from) {
+  Signal& theirs = endpoint_.signal(endpoint_.base(), bank_, from);
+  const uint64_t stamp = Atomic(theirs.stamp).load(std::memory_order_acquire);
+  const std::string who = "rank " + std::to_string(from);
+  if (stamp == stamp_) {
+    const uint64_t tag = Atomic(theirs.tag).load(std::memory_order_relaxed);
+    const uint64_t tokens = Atomic(theirs.num_tokens).load(std::memory_order_relaxed);
+    if (Atomic(theirs.check).load(std::memory_order_relaxed) != Signal::Check(stamp, tag, tokens)) return false;
+    if (tag != tag_) {
+      throw EpError(Describe() + ": " + who + " runs " + OpTag::Name(tag) +
+                    " at the same place; every member must run the same operations in the same order: run the same "
+                    "program, and pass after= between operations that do not depend on each other");
+    }
+    if (tokens > uint64_t(endpoint_.capacity().max_tokens)) throw EpError(Describe() + ": " + who + " sent a bad count");
+    num_tokens_[from] = int(tokens);
+    return true;
+  }
+  if (stamp > stamp_ && (stamp >> 48) == (stamp_ >> 48)) {
+    throw EpError(Describe() + ": " + who + " went on without this rank, which was too late");
+  }
+  auto notice = Notice(Atomic(*reinterpret_cast<uint32_t*>(endpoint_.base() + endpoint_.layout_.notice(from))).load());
+  if (notice == Notice::kLeft) throw EpError(Describe() + ": " + who + " has left the group");
+  if (notice == Notice::kFailed) throw EpError(Describe() + ": " + who + " failed; see its error");
+  return false;
+}
+
+PeerState Operation::Wait(int from) {
+  if (!live_[from]) return PeerState::kAbsent;
+  if (from == rank()) return PeerState::kOk;
+  Endpoint::Peer& peer = *endpoint_.peers_[from];
+  const auto start = Clock::now();
+  bool arrived = false;
+  std::string why;
+  try {
+    for (;;) {
+      const uint32_t rung = Atomic(endpoint_.control(endpoint_.base()).doorbell).load();
+      if ((arrived = Arrived(from))) break;
+      if (endpoint_.closing_) throw EpError(Describe() + ": shut down while waiting for rank " + std::to_string(from));
+      Progress();
+      const auto now = Clock::now();
+      if (now >= deadline_) {
+        why = "did not arrive within " + std::to_string(endpoint_.options_.timeout_s) + " s";
+        break;
+      }
+      if (now - start < kSpin) {
+        Pause();
+        continue;
+      }
+      if (peer.memory && now - start > kNapShared && !peer.memory->OwnerAlive() && !Arrived(from)) {
+        why = "is dead";
+        break;
+      }
+      const bool pushing = !peer.memory || !outgoing_.empty();
+      const auto left = std::chrono::ceil<microseconds>(deadline_ - now);
+      endpoint_.SleepUntilRung(rung, std::min(left, pushing ? kNapNixl : kNapShared));
+    }
+  } catch (const NixlError& error) {
+    why = std::string("cannot be reached: ") + error.what();
+  }
+  peer.wait_us += uint64_t(std::chrono::duration_cast<microseconds>(Clock::now() - start).count());
+  if (arrived) return PeerState::kOk;
+  ++peer.timeouts;
+  if (!endpoint_.options_.mask_late_peers) {
+    throw EpError(Describe() + ": rank " + std::to_string(from) + " " + why +
+                  "; check that rank's output, or raise timeout_s if it is only slow");
+  }
+  peer.masked = true;
+  live_[from] = false;
+  std::erase_if(outgoing_, [&](auto& out) { return out.to == from; });
+  return PeerState::kTimedOut;
+}
+
+void Operation::Finish() {
+  try {
+    while (!outgoing_.empty()) {
+      Progress();
+      if (outgoing_.empty()) break;
+      if (Clock::now() >= deadline_) {
+        throw EpError(Describe() + ": rank " + std::to_string(outgoing_.front().to) + " did not take its data within " +
+                      std::to_string(endpoint_.options_.timeout_s) + " s");
+      }
+      usleep(kNapNixl.count());
+    }
+  } catch (const NixlError& error) {
+    throw EpError(Describe() + ": a write failed: " + error.what());
+  }
+  std::atomic_thread_fence(std::memory_order_acquire);
+  for (int r = 0; r < max_ranks(); ++r) {
+    if (!live_[r] || r == rank() || !endpoint_.peers_[r]->memory) continue;
+    if (Atomic(endpoint_.control(region(r)).begun[bank_]).load() != stamp_) {
+      throw EpError(Describe() + ": rank " + std::to_string(r) + " went on while its data was read");
+    }
+  }
+  finished_ = true;
+}
+
+}  // namespace jax_nixlep

@@ -1,0 +1,180 @@
+// A rank's end of an expert-parallel group: its symmetric memory, its peers, and the protocol of one operation.
+// Knows no XLA and no Python.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "runtime/layout.h"
+#include "runtime/nixl_agent.h"
+#include "runtime/shared_memory.h"
+
+namespace jax_nixlep {
+
+// Anything that ends an operation: the text says what happened, to whom, and what to do.
+struct EpError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+enum class OpKind : uint8_t { kDispatch = 1, kRedispatch = 2, kCombine = 3 };
+
+// Names an operation of a program. Every member must run the same ones in the same order; equal tags prove it.
+struct OpTag {
+  OpKind kind;
+  uint32_t ordinal;  // which call of the traced program
+  uint32_t digest;   // of everything about the message's format that both sides must agree on (24 bits travel)
+
+  uint64_t Pack() const { return uint64_t(kind) << 56 | uint64_t(digest & 0xFFFFFF) << 32 | ordinal; }
+  static std::string Name(uint64_t packed);
+};
+
+struct EndpointOptions {
+  int rank = 0;
+  Capacity capacity;
+  double timeout_s = 60;
+  bool mask_late_peers = false;  // a late peer is masked and reported instead of failing the operation
+};
+
+// What was counted for one peer since the endpoint was made.
+struct PeerHealth {
+  uint64_t bytes_out = 0;  // pushed to the peer (nothing where it pulls)
+  uint64_t bytes_in = 0;   // pulled from it, or read from what it pushed
+  uint64_t wait_us = 0;
+  uint64_t timeouts = 0;
+  bool member = false;
+  bool masked = false;
+  const char* path = "none";  // "self", "shared memory", "nixl"
+};
+
+enum class PeerState : int32_t { kOk = 0, kAbsent = 1, kTimedOut = 2 };
+
+class Endpoint {
+ public:
+  explicit Endpoint(const EndpointOptions& options);
+  ~Endpoint();
+  Endpoint(const Endpoint&) = delete;
+
+  int rank() const { return options_.rank; }
+  const Capacity& capacity() const { return layout_.capacity; }
+  uint64_t nonce() const;
+  const std::shared_ptr<SharedMemory>& memory() const { return memory_; }
+
+  // --- Connecting; none of these may run while an operation does. ---
+  // Maps the region of a peer of this machine. False if it cannot be reached or is not the one described.
+  bool MapPeer(int peer, int pid, int fd, uint64_t nonce);
+  // The same, for a region that is already mapped in this process.
+  bool AttachPeer(int peer, std::shared_ptr<SharedMemory> memory, uint64_t nonce);
+  // Creates the NIXL agent and registers the region, once; returns the metadata peers need.
+  std::string OpenNixl(const std::string& library, const std::string& name);
+  // Reaches `peer` with one-sided writes into its region at `remote_base`; replaces a mapping.
+  void ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base);
+  void DropPeer(int peer);
+  // Starts `epoch` with `members`; operations are numbered anew. Members must be connected, or be this rank.
+  void Activate(uint16_t epoch, std::span<const int> members);
+
+  // Tells the peers that this rank leaves and ends a waiting operation. Idempotent.
+  void Close();
+
+  // --- Reading; any thread, any time. ---
+  PeerHealth Health(int peer) const;
+  uint64_t num_operations() const { return num_operations_.load(); }
+  uint16_t epoch() const { return epoch_.load(); }
+  // Rows dropped for want of capacity, and ids out of range, since the endpoint was made.
+  std::atomic<uint64_t> dropped_rows{0}, invalid_ids{0};
+
+ private:
+  friend class Operation;
+
+  struct Peer {
+    std::shared_ptr<SharedMemory> memory;  // set when the peer is reached through shared memory
+    std::string agent;                     // set when it is reached through NIXL
+    uint64_t remote_base = 0;
+    std::atomic<bool> member{false}, masked{false};
+    std::atomic<uint64_t> bytes_out{0}, bytes_in{0}, wait_us{0}, timeouts{0};
+  };
+
+  std::byte* base() const { return memory_->data(); }
+  Layout::Control& control(std::byte* region) const { return *reinterpret_cast<Layout::Control*>(region); }
+  Signal& signal(std::byte* region, int bank, int from) const {
+    return *reinterpret_cast<Signal*>(region + layout_.signal(bank, from));
+  }
+  void Ring(std::byte* region) const;  // wakes the owner of `region`
+  void SleepUntilRung(uint32_t seen, std::chrono::microseconds at_most);
+  void NotifyPeers(Notice notice);
+
+  EndpointOptions options_;
+  Layout layout_;
+  std::shared_ptr<SharedMemory> memory_;
+  std::unique_ptr<NixlAgent> nixl_;
+  std::vector<std::unique_ptr<Peer>> peers_;
+
+  std::mutex busy_;  // held by the operation that runs, and while membership changes
+  std::atomic<bool> closing_{false};
+  std::atomic<uint16_t> epoch_{0};
+  std::atomic<uint64_t> num_operations_{0};
+  uint64_t sequence_ = 0;     // operations of this epoch; under busy_
+  bool active_ = false;       // under busy_
+  std::string failure_;       // why no further operation can run; under busy_
+};
+
+// One dispatch or combine of this rank, from its first write to its last read. Every member runs the same operations
+// in the same order. Throws EpError; leaving by an exception fails the endpoint and tells the peers.
+class Operation {
+ public:
+  // `broadcast`: all peers read the one message outgoing(rank()); otherwise each has its own.
+  Operation(Endpoint& endpoint, OpTag tag, int num_tokens, bool broadcast);
+  ~Operation();
+
+  int rank() const { return endpoint_.rank(); }
+  int max_ranks() const { return endpoint_.capacity().max_ranks; }
+  bool live(int peer) const { return live_[peer]; }  // as of the start of the operation, or until it timed out
+
+  Message outgoing(int to) const;
+  // Makes outgoing(to) (or the broadcast message) visible to `to`. Where bytes must be moved, these are the first
+  // `first_bytes` and `second_bytes` of the tables and the first `row_bytes` of the rows for which `sends_row` holds.
+  void Publish(int to, size_t first_bytes, size_t second_bytes, size_t row_bytes,
+               const std::function<bool(int token)>& sends_row);
+  // Waits until the message of `from` is complete.
+  PeerState Wait(int from);
+  Message incoming(int from) const;
+  int num_tokens(int from) const { return num_tokens_[from]; }
+  void CountBytesIn(int from, uint64_t num_bytes) { endpoint_.peers_[from]->bytes_in += num_bytes; }
+  // After the last read: waits for own writes and checks that nobody overwrote what was read.
+  void Finish();
+
+ private:
+  struct Outgoing {
+    int to;
+    bool is_signal;
+    NixlAgent::Transfer transfer;
+  };
+
+  std::string Describe() const;  // "combine #4 (operation 17 of epoch 1)"
+  bool Arrived(int from);        // throws on a signal or notice that ends the operation
+  [[noreturn]] void FailLate(const std::string& who);
+  void Progress();
+  std::byte* region(int rank) const;
+
+  Endpoint& endpoint_;
+  std::unique_lock<std::mutex> busy_;
+  const uint64_t tag_;
+  const bool broadcast_;
+  uint64_t stamp_ = 0;
+  int bank_ = 0;
+  std::chrono::steady_clock::time_point deadline_;
+  std::vector<char> live_;
+  std::vector<int> num_tokens_;
+  std::vector<Outgoing> outgoing_;
+  bool finished_ = false;
+};
+
+}  // namespace jax_nixlep

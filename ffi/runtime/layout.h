@@ -1,0 +1,92 @@
+// The symmetric memory of a rank: what lies where. One struct gives sizes and addresses, so they cannot disagree.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace jax_nixlep {
+
+// Raised whenever the meaning of a byte in the region changes: members with different versions refuse each other.
+inline constexpr uint32_t kWireVersion = 1;
+inline constexpr int kBanks = 2;  // a rank may be one operation ahead of its slowest peer, never two
+inline constexpr int kQuantBlock = 128;
+inline constexpr size_t kAlign = 64;
+
+constexpr size_t AlignUp(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+
+// Capacities of a group; the numbers of EpConfig.
+struct Capacity {
+  int32_t max_ranks = 0;
+  int32_t experts_per_rank = 0;
+  int32_t max_tokens = 0;  // per rank and call
+  int32_t top_k = 0;
+  int64_t row_bytes = 0;  // widest row that travels, scales included
+
+  bool operator==(const Capacity&) const = default;
+};
+
+// How one rank tells another that a message is complete. `check` ties the words together, so that a half-arrived
+// signal is never believed.
+struct Signal {
+  uint64_t stamp;  // epoch and operation number, see Stamp
+  uint64_t tag;    // which operation; see OpTag
+  uint64_t num_tokens;
+  uint64_t check;
+
+  static uint64_t Check(uint64_t stamp, uint64_t tag, uint64_t num_tokens) {
+    uint64_t mixed = stamp * 0x9E3779B97F4A7C15u ^ tag * 0xC2B2AE3D27D4EB4Fu ^ num_tokens * 0x165667B19E3779F9u;
+    return mixed ^ mixed >> 29;
+  }
+};
+
+// Why a rank stopped taking part; written into each peer's region by the rank that stops.
+enum class Notice : uint32_t { kNone = 0, kLeft = 1, kFailed = 2 };
+
+// A message from one rank to another: a table and one row per token of the token's owner.
+//   dispatch: first = expert ids int32 [T, K], second = weights float32 [T, K], rows = tokens
+//   combine:  first = present int32 [T],       second = scalars float32 [T, K], rows = partial sums
+struct Message {
+  std::byte* base = nullptr;
+  const Capacity* capacity = nullptr;
+
+  size_t choices() const { return size_t(capacity->max_tokens) * capacity->top_k; }
+  size_t first_offset() const { return 0; }
+  size_t second_offset() const { return AlignUp(choices() * sizeof(int32_t)); }
+  size_t rows_offset() const { return second_offset() + AlignUp(choices() * sizeof(float)); }
+  size_t row_offset(int token) const { return rows_offset() + size_t(token) * capacity->row_bytes; }
+  int32_t* first() const { return reinterpret_cast<int32_t*>(base + first_offset()); }
+  float* second() const { return reinterpret_cast<float*>(base + second_offset()); }
+  std::byte* row(int token) const { return base + row_offset(token); }
+};
+
+// Offsets in a region:
+//   control | notices [R] | signals [banks][R] | outbox [banks][R] | inbox [banks][R]
+// Peers that share memory read the sender's outbox (pull); other peers get it written into their inbox (push), which
+// stays untouched, hence without physical memory, where nobody pushes. No size depends on the number of experts.
+struct Layout {
+  Capacity capacity;
+
+  struct Control {
+    uint64_t nonce;               // proves that a mapping is the region its owner described
+    uint32_t doorbell;            // futex word: changes after each signal or notice
+    uint32_t sleepers;            // threads of the owner that wait on the doorbell
+    uint64_t begun[kBanks];       // stamp of the operation whose outbox is being filled or is complete
+  };
+
+  size_t message_bytes() const {
+    Message message{nullptr, &capacity};
+    return AlignUp(message.row_offset(capacity.max_tokens));
+  }
+  size_t notices() const { return AlignUp(sizeof(Control)); }
+  size_t notice(int from) const { return notices() + size_t(from) * kAlign; }
+  size_t signal(int bank, int from) const {
+    return notice(capacity.max_ranks) + (size_t(bank) * capacity.max_ranks + from) * kAlign;
+  }
+  size_t outbox(int bank, int to) const {
+    return signal(kBanks, 0) + (size_t(bank) * capacity.max_ranks + to) * message_bytes();
+  }
+  size_t inbox(int bank, int from) const { return outbox(kBanks + bank, from); }
+  size_t num_bytes() const { return inbox(kBanks, 0); }
+};
+
+}  // namespace jax_nixlep

@@ -1,0 +1,193 @@
+#include "runtime/nixl_agent.h"
+
+#include <dlfcn.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <type_traits>
+
+namespace jax_nixlep {
+namespace {
+
+// The part of NIXL's C ABI that is used here (values as of nixl 1.5). Handles are opaque pointers.
+enum Status : int { kSuccess = 0, kInProgress = 1 };
+enum MemoryType : int { kHostMemory = 0 };
+enum Operation : int { kWrite = 1 };
+enum ThreadSync : int { kStrict = 1 };
+
+struct AgentConfig {
+  bool enable_progress_thread;
+  bool enable_listen_thread;
+  int listen_port;
+  int thread_sync;
+  unsigned int num_workers;
+  uint64_t progress_delay_us;
+  uint64_t listen_delay_us;
+  bool capture_telemetry;
+};
+
+// How long the progress thread sleeps when nothing happens; events wake it earlier.
+constexpr uint64_t kProgressDelayUs = 1000;
+
+void Check(int status, const char* what) {
+  if (status != kSuccess) throw NixlError(std::string("nixl: ") + what + " failed with status " + std::to_string(status));
+}
+
+}  // namespace
+
+struct NixlAgent::Api {
+  void* library = nullptr;
+  bool (*is_stub)();
+  int (*create_configured_agent)(const char*, const AgentConfig*, void**);
+  int (*destroy_agent)(void*);
+  int (*create_params)(void**);
+  int (*destroy_params)(void*);
+  int (*create_backend)(void*, const char*, void*, void**);
+  int (*destroy_backend)(void*);
+  int (*create_opt_args)(void**);
+  int (*destroy_opt_args)(void*);
+  int (*opt_args_add_backend)(void*, void*);
+  int (*create_reg_dlist)(int, void**);
+  int (*destroy_reg_dlist)(void*);
+  int (*reg_dlist_add_desc)(void*, uintptr_t, size_t, uint64_t, const void*, size_t);
+  int (*register_mem)(void*, void*, void*);
+  int (*deregister_mem)(void*, void*, void*);
+  int (*get_local_md)(void*, void**, size_t*);
+  int (*load_remote_md)(void*, const void*, size_t, char**);
+  int (*invalidate_remote_md)(void*, const char*);
+  int (*agent_make_connection)(void*, const char*, void*);
+  int (*create_xfer_dlist)(int, void**);
+  int (*destroy_xfer_dlist)(void*);
+  int (*xfer_dlist_add_desc)(void*, uintptr_t, size_t, uint64_t);
+  int (*create_xfer_req)(void*, int, void*, void*, const char*, void**, void*);
+  int (*post_xfer_req)(void*, void*, void*);
+  int (*get_xfer_status)(void*, void*);
+  int (*release_xfer_req)(void*, void*);
+  int (*destroy_xfer_req)(void*);
+
+  explicit Api(const std::string& path) {
+    // UCX would otherwise replace the process's handlers for SIGSEGV and friends.
+    setenv("UCX_HANDLE_ERRORS", "none", /*overwrite=*/0);
+    library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!library) throw NixlError(std::string("nixl: cannot load ") + path + ": " + dlerror());
+    auto find = [&](auto& function, const char* name) {
+      std::string symbol = std::string("nixl_capi_") + name;
+      function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, symbol.c_str()));
+      if (!function) throw NixlError("nixl: " + path + " has no " + symbol + "; install nixl >= 1.5");
+    };
+#define FIND(name) find(name, #name)
+    FIND(is_stub), FIND(create_configured_agent), FIND(destroy_agent), FIND(create_params), FIND(destroy_params);
+    FIND(create_backend), FIND(destroy_backend), FIND(create_opt_args), FIND(destroy_opt_args);
+    FIND(opt_args_add_backend), FIND(create_reg_dlist), FIND(destroy_reg_dlist), FIND(reg_dlist_add_desc);
+    FIND(register_mem), FIND(deregister_mem), FIND(get_local_md), FIND(load_remote_md), FIND(invalidate_remote_md);
+    FIND(agent_make_connection), FIND(create_xfer_dlist), FIND(destroy_xfer_dlist), FIND(xfer_dlist_add_desc);
+    FIND(create_xfer_req), FIND(post_xfer_req), FIND(get_xfer_status), FIND(release_xfer_req), FIND(destroy_xfer_req);
+#undef FIND
+    if (is_stub()) throw NixlError("nixl: " + path + " is a stub without an implementation; install nixl >= 1.5");
+  }
+  // The library stays loaded: UCX keeps threads and exit handlers of its own.
+};
+
+NixlAgent::NixlAgent(const std::string& library, const std::string& name) : api_(std::make_unique<Api>(library)) {
+  try {
+    AgentConfig config{.enable_progress_thread = true,
+                       .enable_listen_thread = false,
+                       .listen_port = 0,
+                       .thread_sync = kStrict,
+                       .num_workers = 1,
+                       .progress_delay_us = kProgressDelayUs,
+                       .listen_delay_us = 0,
+                       .capture_telemetry = false};
+    Check(api_->create_configured_agent(name.c_str(), &config, &agent_), "creating an agent");
+    void* params = nullptr;
+    Check(api_->create_params(&params), "create_params");
+    int status = api_->create_backend(agent_, "UCX", params, &backend_);
+    api_->destroy_params(params);
+    Check(status, "creating the UCX backend");
+    Check(api_->create_opt_args(&options_), "create_opt_args");
+    Check(api_->opt_args_add_backend(options_, backend_), "opt_args_add_backend");
+  } catch (...) {
+    Close();
+    throw;
+  }
+}
+
+NixlAgent::~NixlAgent() { Close(); }
+
+void NixlAgent::Close() {
+  if (registered_) {
+    api_->deregister_mem(agent_, registered_, options_);
+    api_->destroy_reg_dlist(registered_);
+  }
+  if (options_) api_->destroy_opt_args(options_);
+  if (backend_) api_->destroy_backend(backend_);
+  if (agent_) api_->destroy_agent(agent_);
+}
+
+void NixlAgent::Register(std::byte* data, size_t num_bytes) {
+  void* list = nullptr;
+  Check(api_->create_reg_dlist(kHostMemory, &list), "create_reg_dlist");
+  int status = api_->reg_dlist_add_desc(list, reinterpret_cast<uintptr_t>(data), num_bytes, 0, nullptr, 0);
+  if (status == kSuccess) status = api_->register_mem(agent_, list, options_);
+  if (status != kSuccess) api_->destroy_reg_dlist(list);
+  Check(status, "registering the symmetric memory");
+  registered_ = list;
+}
+
+std::string NixlAgent::Metadata() const {
+  void* data = nullptr;
+  size_t num_bytes = 0;
+  Check(api_->get_local_md(agent_, &data, &num_bytes), "reading the agent's metadata");
+  std::string metadata(static_cast<char*>(data), num_bytes);
+  std::free(data);
+  return metadata;
+}
+
+std::string NixlAgent::Connect(const std::string& metadata) {
+  char* name = nullptr;
+  Check(api_->load_remote_md(agent_, metadata.data(), metadata.size(), &name), "loading a peer's metadata");
+  std::string peer(name);
+  std::free(name);
+  Check(api_->agent_make_connection(agent_, peer.c_str(), options_), "connecting to a peer");
+  return peer;
+}
+
+void NixlAgent::Disconnect(const std::string& peer) { api_->invalidate_remote_md(agent_, peer.c_str()); }
+
+NixlAgent::Transfer::Transfer(NixlAgent& agent, const std::string& peer, std::span<const Piece> pieces)
+    : agent_(&agent) {
+  Api& api = *agent.api_;
+  void *local = nullptr, *remote = nullptr;
+  Check(api.create_xfer_dlist(kHostMemory, &local), "create_xfer_dlist");
+  int status = api.create_xfer_dlist(kHostMemory, &remote);
+  for (const Piece& piece : pieces) {
+    if (status == kSuccess) {
+      status = api.xfer_dlist_add_desc(local, reinterpret_cast<uintptr_t>(piece.local), piece.num_bytes, 0);
+    }
+    if (status == kSuccess) status = api.xfer_dlist_add_desc(remote, piece.remote, piece.num_bytes, 0);
+  }
+  if (status == kSuccess) {
+    status = api.create_xfer_req(agent.agent_, kWrite, local, remote, peer.c_str(), &request_, agent.options_);
+  }
+  api.destroy_xfer_dlist(local);
+  if (remote) api.destroy_xfer_dlist(remote);
+  Check(status, "preparing a write");
+  status = api.post_xfer_req(agent.agent_, request_, nullptr);
+  Check(status == kInProgress ? kSuccess : status, "posting a write");
+}
+
+bool NixlAgent::Transfer::Done() {
+  if (!request_) return true;
+  int status = agent_->api_->get_xfer_status(agent_->agent_, request_);
+  if (status == kInProgress) return false;
+  Check(status, "a write");
+  return true;
+}
+
+NixlAgent::Transfer::~Transfer() {
+  if (!request_) return;
+  agent_->api_->release_xfer_req(agent_->agent_, request_);
+  agent_->api_->destroy_xfer_req(request_);
+}
+
+}  // namespace jax_nixlep

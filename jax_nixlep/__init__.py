@@ -1,0 +1,15 @@
+"""Elastic expert parallelism for JAX over NIXL."""
+
+from jax_nixlep._ffi import EpError as EpError
+from jax_nixlep._ffi import NixlError as NixlError
+from jax_nixlep.combine import combine as combine
+from jax_nixlep.config import EpConfig as EpConfig
+from jax_nixlep.dispatch import dispatch as dispatch
+from jax_nixlep.group import EpGroup as EpGroup
+from jax_nixlep.group import current_group as current_group
+from jax_nixlep.group import initialize as initialize
+from jax_nixlep.group import shutdown as shutdown
+from jax_nixlep.placement import Placement as Placement
+from jax_nixlep.routing import Handle as Handle
+from jax_nixlep.routing import Received as Received
+from jax_nixlep.routing import Status as Status

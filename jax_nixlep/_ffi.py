@@ -1,0 +1,67 @@
+"""The only importer of the compiled modules: constants, endpoints, and the custom calls."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_nixlep import _host
+from jax_nixlep._host import Endpoint, EpError, NixlError, set_endpoint
+
+__all__ = ["Endpoint", "EpError", "NixlError", "set_endpoint", "call", "vary", "attributes"]
+
+WIRE_VERSION: int = _host.WIRE_VERSION
+QUANT_BLOCK: int = _host.QUANT_BLOCK
+PEER_OK: int = _host.PEER_OK
+PEER_ABSENT: int = _host.PEER_ABSENT
+PEER_TIMED_OUT: int = _host.PEER_TIMED_OUT
+
+_TARGET = "jax_nixlep_{}"
+
+
+def _check_abi() -> None:
+    """A handler built on a newer FFI than the running jaxlib's loads, and fails at its first call: say so now."""
+    header = (Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
+    running = tuple(int(re.findall(rf"#define XLA_FFI_API_{part} (\d+)", header)[0]) for part in ("MAJOR", "MINOR"))
+    built = _host.XLA_FFI_API_VERSION
+    if built[0] != running[0] or built[1] > running[1]:
+        raise ImportError(
+            f"jax_nixlep: the running jaxlib must have XLA FFI {built[0]}.{built[1]} or newer; got "
+            f"{running[0]}.{running[1]}; upgrade jax, or reinstall jax_nixlep against this one"
+        )
+
+
+_check_abi()
+for _name, _handler in _host.handlers().items():
+    jax.ffi.register_ffi_target(_TARGET.format(_name), _handler, platform="cpu")
+
+
+def attributes(ordinal: int, wire: str, scale_format: str = "float32", round_scale: bool = False) -> dict[str, np.int64]:
+    """The static part of an operation, as `OpAttributes` in ffi/host/handlers.cc decodes it."""
+    return {
+        "ordinal": np.int64(ordinal),
+        "wire": np.int64(_host.WIRES[wire]),
+        "scale_format": np.int64(_host.SCALE_FORMATS[scale_format]),
+        "round_scale": np.int64(round_scale),
+    }
+
+
+def call(name: str, results: Sequence[jax.ShapeDtypeStruct], *args: jax.Array, **attrs: Any) -> list[jax.Array]:
+    """Emits custom call `jax_nixlep_<name>`. No JAX effect, so that remat, scan and grad accept it."""
+    return [vary(out) for out in jax.ffi.ffi_call(_TARGET.format(name), tuple(results))(*args, **attrs)]
+
+
+def vary(x: jax.Array) -> jax.Array:
+    """Marks `x` as different on every device of the enclosing shard_map, as everything that meets a peer is."""
+    axes = set(jax.sharding.get_abstract_mesh().manual_axes) - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def struct(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))

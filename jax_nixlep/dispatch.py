@@ -1,0 +1,196 @@
+"""`dispatch`: send each token to the ranks of its experts; get the rows of the local experts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax_nixlep import _ffi, _order
+from jax_nixlep.config import EpConfig
+from jax_nixlep.routing import Handle, Received, Status
+
+
+@dataclasses.dataclass(frozen=True)
+class OpSpec:
+    """What is static about one call of an op."""
+
+    config: EpConfig
+    ordinal: int
+    num_rows: int
+    dequantize: bool = True
+
+    def forward(self) -> dict:
+        config = self.config
+        return _ffi.attributes(self.ordinal, config.token_wire, config.scale_format, config.round_scale)
+
+    def backward(self) -> dict:
+        """Partial sums and cotangents travel unquantised."""
+        return _ffi.attributes(self.ordinal, self.config.sum_wire)
+
+
+def dispatch(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array | None = None,
+    *,
+    config: EpConfig,
+    after: jax.Array | None = None,
+    dequantize: bool = True,
+    recv_capacity: int | None = None,
+) -> Received:
+    """Sends each token to the ranks of its experts. Collective: every member must call, with any number of tokens.
+
+    A row of the result is one distinct (source rank, token, local expert). Rows are packed by expert, and ordered by
+    (source rank, token) within it: equal inputs give equal bits, whatever the timing. When more rows are demanded than
+    the capacity, every expert keeps an equal share (the largest limit that fits), first come in that order.
+
+    Differentiable in `x` (straight through the wire's rounding) and in `weights`.
+
+    Args:
+      x: [t, H] tokens of this rank in `config.dtype`, 0 <= t <= config.max_tokens_per_rank; t may differ between ranks.
+      expert_ids: [t, K] int32 physical slots, `rank * experts_per_rank + local expert`; -1 = none. Other values outside
+        the group are counted in `status.invalid_ids` and treated as -1. An id repeated in a token gives one row.
+      weights: [t, K] float32 routing weights. They travel along and become the handle's, so that `combine` needs no
+        exchange of its own for them. None: ones.
+      config: the group's `EpConfig`.
+      after: any array; this operation runs after what made it. Needed between operations of one program that do not
+        depend on each other (docs/sharp_bits.md).
+      dequantize: with wire "fp8_e4m3", return tokens in `config.dtype`; False returns float8_e4m3fn values and their
+        scales, and has no gradient.
+      recv_capacity: rows to return (C) in this call; None = `config.num_rows`.
+
+    Returns:
+      `Received`.
+
+    Raises:
+      ValueError, TypeError: at trace time, naming the argument, what it must be, what it is and what to do.
+      jax.errors.JaxRuntimeError: when the program runs: a peer that is late, dead or runs another operation is named.
+    """
+    check_tokens("dispatch", x, config, rows_must_be=f"at most max_tokens_per_rank = {config.max_tokens_per_rank}")
+    check("dispatch", "expert_ids", expert_ids, (x.shape[0], config.top_k), jnp.int32, "cast or reshape the ids")
+    if weights is not None:
+        check("dispatch", "weights", weights, expert_ids.shape, jnp.float32, "cast or reshape the weights")
+    if recv_capacity is not None and recv_capacity <= 0:
+        raise ValueError(
+            f"dispatch: recv_capacity must be positive; got {recv_capacity}; use None for the config's capacity"
+        )
+    spec = OpSpec(config, _order.next_ordinal("dispatch"), recv_capacity or config.num_rows, dequantize)
+    flat = jnp.zeros((0,), jnp.float32) if weights is None else weights
+    out = _dispatch(spec, _ffi.vary(x), _ffi.vary(expert_ids), _ffi.vary(flat), _order.edge(after))
+    tokens, scales, row_weights, group_sizes, demand, clean_ids, row_of, peers, dropped, invalid_ids, order = out
+    return Received(
+        tokens,
+        scales if scales.size else None,
+        group_sizes,
+        demand,
+        Handle(clean_ids, row_of, row_weights),
+        Status(peers, dropped, invalid_ids, order),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch(spec: OpSpec, x, expert_ids, weights, after):
+    config, rows = spec.config, spec.num_rows
+    quantized = config.token_wire == "fp8_e4m3" and not spec.dequantize
+    f32, i32 = jnp.float32, jnp.int32
+    results = (
+        _ffi.struct((rows, config.hidden), jnp.float8_e4m3fn if quantized else config.dtype),
+        _ffi.struct((rows, config.hidden // _ffi.QUANT_BLOCK if quantized else 0), config.scale_dtype),
+        _ffi.struct((rows,), f32),  # row_weights
+        _ffi.struct((config.experts_per_rank,), i32),  # group_sizes
+        _ffi.struct((config.experts_per_rank,), i32),  # demand
+        _ffi.struct(expert_ids.shape, i32),  # clean ids
+        _ffi.struct((config.max_ranks, config.max_tokens_per_rank, config.top_k), i32),  # row_of
+        _ffi.struct((config.max_ranks,), i32),  # peers
+        _ffi.struct((), i32),  # dropped
+        _ffi.struct((), i32),  # invalid_ids
+        _ffi.struct((), f32),  # order
+    )
+    return tuple(_ffi.call("dispatch", results, x, expert_ids, weights, after, **spec.forward()))
+
+
+def _dispatch_fwd(spec, x, expert_ids, weights, after):
+    out = _dispatch(spec, x, expert_ids, weights, after)
+    return out, (out[5], out[6], weights)
+
+
+def _dispatch_bwd(spec, residuals, cotangents):
+    if spec.config.token_wire == "fp8_e4m3" and not spec.dequantize:
+        raise TypeError(
+            "dispatch: dequantize must be True for a gradient; got False; "
+            "dequantize in dispatch, or stop the gradient of its results"
+        )
+    clean_ids, row_of, weights = residuals
+    d_tokens, d_row_weights, d_order = cotangents[0], cotangents[2], cotangents[-1]
+    d_x, d_weights, order = gather_rows(
+        spec, d_tokens, jnp.ones_like(d_row_weights), d_row_weights if weights.size else None, clean_ids, row_of, d_order
+    )
+    return d_x, None, d_weights, order
+
+
+_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
+
+
+# --- The two linear maps that both ops and their gradients are made of; each is the other's transpose. ---
+
+
+def scatter_tokens(spec: OpSpec, x, weights, expert_ids, row_of, after):
+    """Sends x [t, H] and weights [t, K] (either may be None) along a handle.
+
+    Returns rows [C, H], row weights [C] (or None) and the order edge.
+    """
+    t = expert_ids.shape[0]
+    x = jnp.zeros((t, 0), spec.config.dtype) if x is None else x
+    flat = jnp.zeros((0,), jnp.float32) if weights is None else weights
+    results = (
+        _ffi.struct((spec.num_rows, x.shape[1]), x.dtype),
+        _ffi.struct((0 if weights is None else spec.num_rows,), jnp.float32),
+        _ffi.struct((), jnp.float32),
+    )
+    operands = (_ffi.vary(v) for v in (x, flat, expert_ids, row_of, after))
+    rows, row_weights, order = _ffi.call("redispatch", results, *operands, **spec.backward())
+    return rows, None if weights is None else row_weights, order
+
+
+def gather_rows(spec: OpSpec, rows, row_weights, row_scalars, expert_ids, row_of, after):
+    """Returns to each token the weighted sum of its rows [C, H], and to each choice its row's scalar [C].
+
+    `rows` or `row_scalars` may be None. Returns y [t, H], scalars [t, K] ([0] if there are none) and the order edge.
+    """
+    t = expert_ids.shape[0]
+    rows = jnp.zeros((spec.num_rows, 0), spec.config.dtype) if rows is None else rows
+    scalars = jnp.zeros((0,), jnp.float32) if row_scalars is None else row_scalars
+    results = (
+        _ffi.struct((t, rows.shape[1]), rows.dtype),
+        _ffi.struct((0,) if row_scalars is None else expert_ids.shape, jnp.float32),
+        _ffi.struct((), jnp.float32),
+    )
+    operands = (_ffi.vary(v) for v in (rows, row_weights, scalars, row_of, after))
+    return _ffi.call("combine", results, *operands, **spec.backward())
+
+
+# --- Checks shared with combine. ---
+
+
+def check(op: str, name: str, value, shape: tuple[int, ...], dtype, remedy: str) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}; got {tuple(value.shape)}; {remedy}")
+    if value.dtype != dtype:
+        raise TypeError(f"{op}: {name} must be {jnp.dtype(dtype).name}; got {value.dtype.name}; {remedy}")
+
+
+def check_tokens(op: str, x, config: EpConfig, rows_must_be: str) -> None:
+    if x.ndim != 2 or x.shape[1] != config.hidden:
+        raise ValueError(
+            f"{op}: x must have shape [tokens, {config.hidden}]; got {tuple(x.shape)}; "
+            "flatten the leading axes, or initialize with this hidden size"
+        )
+    if x.dtype != config.dtype:
+        raise TypeError(f"{op}: x must be {config.dtype.name}; got {x.dtype.name}; cast it to config.dtype")
+    if x.shape[0] > config.max_tokens_per_rank:
+        raise ValueError(
+            f"{op}: tokens must be {rows_must_be}; got {x.shape[0]}; split the tokens, or raise max_tokens_per_rank"
+        )

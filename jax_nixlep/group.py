@@ -1,0 +1,331 @@
+"""`EpGroup`: who takes part, over which transport, from `initialize` to `shutdown`."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import json
+import math
+import secrets
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+
+from jax_nixlep import _ffi, launch
+from jax_nixlep import store as stores
+from jax_nixlep.config import EpConfig
+from jax_nixlep.placement import Placement, identity_placement
+from jax_nixlep.rendezvous import Rendezvous, Seat
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerHealth:
+    """What one rank counted about one peer since `initialize`."""
+
+    member: bool
+    masked: bool
+    path: str  # "self", "shared memory", "nixl" or "none"
+    bytes_out: int
+    bytes_in: int
+    wait_s: float
+    timeouts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """State and counters of one rank since `initialize`; see `EpGroup.health`."""
+
+    rank: int
+    epoch: int
+    members: tuple[int, ...]
+    masked: tuple[int, ...]
+    operations: int
+    dropped_rows: int
+    invalid_ids: int
+    symmetric_bytes: int
+    peers: dict[int, PeerHealth]
+
+
+class EpGroup:
+    """An expert-parallel group, as this process sees it. Made by `initialize`; one per process.
+
+    Attributes:
+      config: the group's `EpConfig`.
+      members: ranks that take part.
+      epoch: number of the membership; grows when it changes.
+    """
+
+    def __init__(self, config: EpConfig, members: Sequence[int], seats: list[Seat]):
+        self.config = config
+        self.members = tuple(sorted(members))
+        self.epoch = 1
+        self._seats = seats
+        self._server: stores.StoreServer | None = None
+        self._store: stores.Store | None = None
+        self._rendezvous: Rendezvous | None = None
+
+    @property
+    def rank(self) -> int:
+        """This process's rank; of its first device, if it has several."""
+        return self._seats[0].rank
+
+    @property
+    def placement(self) -> Placement:
+        """The logical experts in order over the members' slots. Pass it to `nixlep_moe` as a runtime argument."""
+        per_rank = self.config.experts_per_rank
+        return identity_placement(len(self.members) * per_rank, self.members, per_rank)
+
+    def health(self, device: int = 0) -> Health:
+        """State and counters of the rank on local device number `device` (as placed in the mesh). Cheap; any thread."""
+        seat = self._seats[device]
+        endpoint = seat.endpoint
+        peers = {r: PeerHealth(**endpoint.health(r)) for r in range(self.config.max_ranks)}
+        return Health(
+            rank=seat.rank,
+            epoch=endpoint.epoch,
+            members=tuple(r for r, peer in peers.items() if peer.member),
+            masked=tuple(r for r, peer in peers.items() if peer.masked),
+            operations=endpoint.num_operations,
+            dropped_rows=endpoint.dropped_rows,
+            invalid_ids=endpoint.invalid_ids,
+            symmetric_bytes=endpoint.num_bytes,
+            peers=peers,
+        )
+
+    def _open(self, url: str, serve: bool, secret: str | None, timeout_s: float) -> None:
+        """Meets the other members at `url`; returns when all are connected and active."""
+        server, self._store = stores.serve_or_connect(url, serve=serve, secret=secret, timeout_s=timeout_s)
+        self._server = self._server or server
+        self._rendezvous = Rendezvous(self._store, self._seats, self.config, self.members, timeout_s)
+        self._rendezvous.connect()
+        self._activate()
+        self._rendezvous.barrier("active")
+
+    def _activate(self) -> None:
+        for seat in self._seats:
+            seat.endpoint.activate(self.epoch, list(self.members))
+
+    def _close(self) -> None:
+        for seat in self._seats:
+            _ffi.set_endpoint(seat.device, None)
+            seat.endpoint.close()
+        try:
+            if self._rendezvous is not None:
+                self._rendezvous.close()
+        except (stores.StoreError, OSError):
+            pass  # the rank that served the store left first
+        if self._store is not None:
+            self._store.close()
+        if self._server is not None:
+            self._server.close()
+
+
+_group: EpGroup | None = None
+_lifecycle = threading.Lock()
+
+
+def current_group() -> EpGroup:
+    """The group of this process.
+
+    Raises:
+      RuntimeError: there is none.
+    """
+    if _group is None:
+        raise RuntimeError("jax_nixlep: a group must exist; got none; call jax_nixlep.initialize first")
+    return _group
+
+
+def initialize(
+    config: EpConfig,
+    *,
+    rank: int | None = None,
+    members: Iterable[int] | None = None,
+    store: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    axis: str | tuple[str, ...] = "ep",
+    secret: str | None = None,
+    timeout_s: float = 60.0,
+    init_timeout_s: float = 120.0,
+    on_timeout: Literal["raise", "mask"] = "raise",
+) -> EpGroup:
+    """Joins this process to its expert-parallel group. Collective: every member must call, with an equal config.
+
+    Either `members=`: each process is a JAX runtime of its own and one rank. Or `mesh=`: ranks are the positions along
+    mesh axis `axis`, one group for each coordinate of the other axes; the mesh may span the processes of a
+    `jax.distributed` job, or several devices of one process.
+
+    Under `python -m jax_nixlep.launch`, `rank`, `members` and `store` default to the launcher's.
+
+    Args:
+      config: capacities; equal on every member.
+      rank: this process's rank, 0 <= rank < config.max_ranks.
+      members: all ranks of the group.
+      store: "tcp://host:port" or "etcd://host:port": where the members meet. The lowest member serves a tcp store
+        itself unless one already answers there. With a mesh it is found through jax.distributed.
+      mesh: gives rank and members instead.
+      axis: mesh axis of the experts, or several, the first varying slowest.
+      secret: shared secret of the store; default: environment JAX_NIXLEP_SECRET.
+      timeout_s: how long an operation waits for a peer.
+      init_timeout_s: how long to wait here for all members.
+      on_timeout: "raise": a late or dead peer ends the operation with an error on every rank. "mask": its tokens and
+        experts are left out, and `Status.peers` and `health()` say so.
+
+    Returns:
+      The group; also `current_group()`.
+
+    Raises:
+      ValueError: an argument, or one that differs between members, is wrong; names it and the values.
+      RuntimeError: already initialized.
+      TimeoutError: names the ranks that did not arrive.
+      jax_nixlep.store.StoreError: the store cannot be reached, refuses the secret, or its port is taken.
+      NixlError: nixl is needed to reach a member and is missing, too old or broken.
+    """
+    global _group
+    with _lifecycle:
+        if _group is not None:
+            raise RuntimeError("initialize: must be called once; got a second call; call jax_nixlep.shutdown() first")
+        if on_timeout not in ("raise", "mask"):
+            raise ValueError(f'initialize: on_timeout must be "raise" or "mask"; got {on_timeout!r}; choose one')
+        for name, value in (("timeout_s", timeout_s), ("init_timeout_s", init_timeout_s)):
+            if not value > 0:
+                raise ValueError(f"initialize: {name} must be positive; got {value}; give seconds")
+        if mesh is not None:
+            if rank is not None or members is not None:
+                raise ValueError("initialize: mesh= must come without rank= and members=; got both; drop one side")
+            places, size = _mesh_places(mesh, axis)
+            ranks: Sequence[int] = range(size)
+            url, secret, server = _mesh_store(store, secret)
+        else:
+            places, ranks, url, secret = _member_places(rank, members, store, secret)
+            server = None
+        _check_ranks(config, ranks, [place[2] for place in places])
+
+        def make_endpoint(rank: int) -> _ffi.Endpoint:
+            return _ffi.Endpoint(
+                rank=rank,
+                max_ranks=config.max_ranks,
+                experts_per_rank=config.experts_per_rank,
+                max_tokens=config.max_tokens_per_rank,
+                top_k=config.top_k,
+                row_bytes=config.row_bytes,
+                timeout_s=timeout_s,
+                mask_late_peers=on_timeout == "mask",
+            )
+
+        seats = [Seat(device, team, r, make_endpoint(r)) for device, team, r in places]
+        group = EpGroup(config, ranks, seats)
+        group._server = server
+        try:
+            if url is None:
+                group._activate()
+            else:
+                serve = mesh is None and seats[0].rank == group.members[0] and launch.rank_env() is None
+                group._open(url, serve, secret, init_timeout_s)
+        except BaseException:
+            group._close()
+            raise
+        for seat in seats:
+            _ffi.set_endpoint(seat.device, seat.endpoint)
+        _group = group
+        return group
+
+
+def shutdown() -> None:
+    """Leaves the group: peers that wait for this rank get an error that says so. Without a group, does nothing."""
+    global _group
+    with _lifecycle:
+        group, _group = _group, None
+        if group is not None:
+            group._close()
+
+
+atexit.register(shutdown)
+
+
+# --- Where ranks come from. ---
+
+
+def _check_ranks(config: EpConfig, ranks: Sequence[int], own: Sequence[int]) -> None:
+    bad = [r for r in ranks if not 0 <= r < config.max_ranks]
+    if bad or len(set(ranks)) != len(ranks):
+        raise ValueError(
+            f"initialize: members must be distinct ranks in [0, {config.max_ranks}); got {list(ranks)}; "
+            "raise EpConfig.max_ranks, or number the members from 0"
+        )
+    if not own:
+        raise ValueError("initialize: mesh must contain a device of this process; got none; build it over jax.devices()")
+    for r in own:
+        if r not in ranks:
+            raise ValueError(f"initialize: rank must be one of members {list(ranks)}; got {r}; add it to members")
+
+
+def _member_places(
+    rank: int | None, members: Iterable[int] | None, store: str | None, secret: str | None
+) -> tuple[list[tuple[int, str, int]], list[int], str | None, str | None]:
+    env = launch.rank_env()
+    if env is not None:
+        rank = env.rank if rank is None else rank
+        members = range(env.num_ranks) if members is None else members
+        store = env.store if store is None else store
+    if rank is None or members is None:
+        raise ValueError(
+            f"initialize: rank and members must be given; got rank={rank}, members={members}; "
+            "pass them, or pass mesh=, or start with `python -m jax_nixlep.launch -n N script.py`"
+        )
+    ranks = [int(r) for r in members]
+    if store is None and len(ranks) > 1:
+        raise ValueError(
+            f"initialize: store must be given for {len(ranks)} members; got None; "
+            'pass store="tcp://host:port", the same on every member'
+        )
+    return [(_ordinal(jax.local_devices()[0]), "", int(rank))], ranks, store if len(ranks) > 1 else None, secret
+
+
+def _ordinal(device: jax.Device) -> int:
+    return jax.local_devices(backend=device.platform).index(device)
+
+
+def _mesh_places(mesh: jax.sharding.Mesh, axis: str | tuple[str, ...]) -> tuple[list[tuple[int, str, int]], int]:
+    """(local device ordinal, team, rank) of each local device of the mesh, and the size of a team."""
+    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    names = list(mesh.axis_names)
+    for name in axes:
+        if name not in names:
+            raise ValueError(f"initialize: axis must name axes of the mesh {names}; got {name!r}; rename one of them")
+    rest = [i for i, name in enumerate(names) if name not in axes]
+    sizes = [mesh.shape[name] for name in axes]
+    places = []
+    for index, device in np.ndenumerate(mesh.devices):
+        if device.process_index == jax.process_index():
+            team = ",".join(f"{names[i]}={index[i]}" for i in rest)
+            rank = int(np.ravel_multi_index([index[names.index(name)] for name in axes], sizes))
+            places.append((_ordinal(device), team, rank))
+    return places, math.prod(sizes)
+
+
+def _mesh_store(url: str | None, secret: str | None) -> tuple[str | None, str | None, stores.StoreServer | None]:
+    """The store of a mesh's processes: the given one, the launcher's, or one that process 0 serves."""
+    env = launch.rank_env()
+    if url is None and env is not None:
+        url = env.store
+    if url is not None:
+        return url, secret, None
+    if jax.process_count() == 1:
+        secret = secrets.token_hex(16)
+        server = stores.StoreServer(secret=secret)
+        return server.url, secret, server
+    from jax._src.distributed import global_state  # the job's own key-value service has no public name
+
+    key = "jax_nixlep/store"
+    if jax.process_index() == 0:
+        host = str(global_state.coordinator_address).rsplit(":", 1)[0]
+        secret = secrets.token_hex(16)
+        server = stores.StoreServer(host=host, secret=secret)
+        global_state.client.key_value_set(key, json.dumps([server.url, secret]), allow_overwrite=True)
+        return server.url, secret, server
+    url, secret = json.loads(global_state.client.blocking_key_value_get(key, 60_000))
+    return url, secret, None
+

@@ -1,0 +1,188 @@
+"""How members find each other through a store, agree that all are current, and connect their endpoints."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax_nixlep import _ffi, _nixl
+from jax_nixlep.config import EpConfig
+from jax_nixlep.store import Store
+
+_POLL_S = 0.01
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seat:
+    """One local device's place in a group."""
+
+    device: int  # local ordinal, as XLA hands it to the custom calls
+    team: str  # which group: one for each coordinate of the mesh axes beside the experts'
+    rank: int
+    endpoint: _ffi.Endpoint
+
+
+class Rendezvous:
+    """One meeting of all members. Values are JSON; what a peer says is checked before it is used.
+
+    A store may hold what an earlier job left. So members first agree on everybody's nonce: a rank publishes the digest
+    of all the nonces it sees, and goes on when all published the same one, which only living members can do.
+    """
+
+    def __init__(self, store: Store, seats: Sequence[Seat], config: EpConfig, members: Sequence[int], timeout_s: float):
+        self._store = store
+        self._seats = seats
+        self._config = config
+        self._members = tuple(members)
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
+        self._hellos: dict[Seat, dict[int, dict[str, Any]]] = {}
+        self._session: dict[Seat, str] = {}
+
+    def connect(self) -> None:
+        """Connects every seat's endpoint to all members.
+
+        Raises:
+          ValueError: members differ in a field; names it and both values.
+          TimeoutError: names the ranks that did not arrive.
+          RuntimeError: a member failed; says which and why.
+        """
+        self._arrive()
+        try:
+            self._connect_all()
+        except Exception as error:
+            for seat in self._seats:
+                self._put(seat, "failed", f"{type(error).__name__}: {error}")
+            raise
+
+    def barrier(self, name: str) -> None:
+        """Returns when every member has called it."""
+        self._exchange(name, {seat: True for seat in self._seats})
+
+    def close(self) -> None:
+        """Removes what this process wrote."""
+        for seat in self._seats:
+            self._store.delete(f"{self._prefix(seat)}hello/{seat.rank}")
+            if seat in self._session:
+                for step in ("agreed", "mapped", "nixl", "active", "failed"):
+                    self._store.delete(f"{self._prefix(seat)}{self._session[seat]}/{step}/{seat.rank}")
+
+    # --- Steps ---
+
+    def _arrive(self) -> None:
+        described = {f.name: _plain(getattr(self._config, f.name)) for f in dataclasses.fields(self._config)}
+        described |= {"members": list(self._members), "wire version": _ffi.WIRE_VERSION}
+        for seat in self._seats:
+            hello = {"config": described, "address": seat.endpoint.address()}
+            self._store.put(f"{self._prefix(seat)}hello/{seat.rank}", json.dumps(hello).encode())
+
+        def all_agree(seat: Seat) -> list[int]:
+            hellos = self._scan(seat, "hello")
+            for peer, hello in hellos.items():
+                for name, own in described.items():
+                    if hello["config"].get(name) != own:
+                        raise ValueError(
+                            f"initialize: {name} must be equal on every rank; got {own!r} on rank {seat.rank} and "
+                            f"{hello['config'].get(name)!r} on rank {peer}; start all with one config"
+                        )
+            if missing := [r for r in self._members if r not in hellos]:
+                return missing
+            nonces = json.dumps([hellos[r]["address"]["nonce"] for r in self._members])
+            session = hashlib.sha256(nonces.encode()).hexdigest()[:16]
+            if self._session.get(seat) != session:
+                self._session[seat] = session
+                self._hellos[seat] = hellos
+                self._put(seat, "agreed", True)
+            agreed = self._scan(seat, f"{session}/agreed")
+            return [r for r in self._members if r not in agreed]
+
+        self._until_none_missing(all_agree, "arrive")
+
+    def _connect_all(self) -> None:
+        share = os.environ.get("JAX_NIXLEP_P2P", "1") != "0"
+        mapped = {
+            seat: [
+                peer
+                for peer, hello in self._hellos[seat].items()
+                if share and peer != seat.rank and seat.endpoint.map_peer(peer, *_mapping(hello["address"]))
+            ]
+            for seat in self._seats
+        }
+        views = self._exchange("mapped", mapped)
+        # Shared memory needs both sides: the one that writes rings a bell in the other's region.
+        far = {
+            seat: [
+                peer
+                for peer in self._members
+                if peer != seat.rank and not (peer in mapped[seat] and seat.rank in views[seat][peer])
+            ]
+            for seat in self._seats
+        }
+        metadata = {seat: "" for seat in self._seats}
+        for seat in self._seats:
+            if far[seat]:
+                name = f"jax_nixlep-{self._session[seat]}-{seat.rank}"
+                blob = seat.endpoint.open_nixl(str(_nixl.find_library()), name)
+                metadata[seat] = base64.b64encode(blob).decode()
+        agents = self._exchange("nixl", metadata)
+        for seat in self._seats:
+            for peer in far[seat]:
+                base = int(self._hellos[seat][peer]["address"]["base"])
+                seat.endpoint.connect_nixl(peer, base64.b64decode(agents[seat][peer]), base)
+
+    # --- Store access ---
+
+    def _exchange(self, step: str, values: dict[Seat, Any]) -> dict[Seat, dict[int, Any]]:
+        """Publishes each seat's value for `step` and returns those of all members."""
+        for seat, value in values.items():
+            self._put(seat, step, value)
+        found: dict[Seat, dict[int, Any]] = {}
+
+        def missing(seat: Seat) -> list[int]:
+            for peer, why in self._scan(seat, f"{self._session[seat]}/failed").items():
+                raise RuntimeError(f"initialize: rank {peer} failed: {why}")
+            found[seat] = self._scan(seat, f"{self._session[seat]}/{step}")
+            return [r for r in self._members if r not in found[seat]]
+
+        self._until_none_missing(missing, f"reach step {step!r}")
+        return found
+
+    def _until_none_missing(self, missing: Callable[[Seat], list[int]], what: str) -> None:
+        waiting = list(self._seats)
+        while waiting:
+            absent = missing(waiting[0])
+            if not absent:
+                waiting.pop(0)
+                continue
+            if time.monotonic() > self._deadline:
+                team = f" of group {waiting[0].team}" if waiting[0].team else ""
+                raise TimeoutError(
+                    f"initialize: ranks {absent}{team} did not {what} within {self._timeout_s:g} s; "
+                    "check that they run and use the same store, or raise init_timeout_s"
+                )
+            time.sleep(_POLL_S)
+
+    def _put(self, seat: Seat, step: str, value: Any) -> None:
+        self._store.put(f"{self._prefix(seat)}{self._session[seat]}/{step}/{seat.rank}", json.dumps(value).encode())
+
+    def _scan(self, seat: Seat, step: str) -> dict[int, Any]:
+        prefix = f"{self._prefix(seat)}{step}/"
+        return {int(key[len(prefix) :]): json.loads(value) for key, value in self._store.scan(prefix).items()}
+
+    @staticmethod
+    def _prefix(seat: Seat) -> str:
+        return f"jax_nixlep/{seat.team}/"
+
+
+def _mapping(address: dict[str, Any]) -> tuple[int, int, int]:
+    return int(address["pid"]), int(address["fd"]), int(address["nonce"])
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (int, str, bool, type(None))) else str(value)

@@ -1,0 +1,63 @@
+"""What `dispatch` returns: arrays only, so that jit, grad, remat and scan carry them like any other."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+
+
+class Handle(NamedTuple):
+    """How rows and tokens belong together; made by `dispatch`, used by `combine`. Treat as opaque.
+
+    Attributes:
+      expert_ids: [T, K] int32, the ids this rank dispatched (invalid ones replaced by -1).
+      row_of: [R, max_tokens_per_rank, K] int32, the local row that serves choice k of token t of
+        rank r; -1 where that choice is not served here or was dropped.
+      row_weights: [C] float32, the routing weight of each row; zero on padding rows. A repeated id
+        of one token is one row, whose weight is the sum. Ones where `dispatch` got no weights.
+    """
+
+    expert_ids: jax.Array
+    row_of: jax.Array
+    row_weights: jax.Array
+
+
+class Status(NamedTuple):
+    """What happened in one `dispatch` call, seen from this rank.
+
+    Attributes:
+      peers: [R] int32: `PEER_OK`, `PEER_ABSENT` (not a member, or masked) or `PEER_TIMED_OUT`.
+      dropped: [] int32, rows this rank could not take because of `recv_capacity`.
+      invalid_ids: [] int32, ids of this rank that were neither -1 nor a slot of the group.
+      order: [] float32, always zero; an operation that takes it as `after=` runs after this one.
+    """
+
+    peers: jax.Array
+    dropped: jax.Array
+    invalid_ids: jax.Array
+    order: jax.Array
+
+
+class Received(NamedTuple):
+    """The rows routed to this rank's experts.
+
+    Attributes:
+      tokens: [C, H], expert-major: the rows of local expert 0, then 1, ...; within an expert ordered
+        by (source rank, source token). Rows past `sum(group_sizes)` are zero.
+      scales: None, or with `dequantize=False` the fp8 scales [C, H / 128].
+      group_sizes: [E] int32, rows of each local expert.
+      demand: [E] int32, rows each local expert would have had with unlimited capacity.
+      handle: `Handle` for `combine`.
+      status: `Status`.
+    """
+
+    tokens: jax.Array
+    scales: jax.Array | None
+    group_sizes: jax.Array
+    demand: jax.Array
+    handle: Handle
+    status: Status
+
+
+PEER_OK, PEER_ABSENT, PEER_TIMED_OUT = 0, 1, 2
