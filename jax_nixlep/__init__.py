@@ -13,3 +13,7 @@ from jax_nixlep.placement import Placement as Placement
 from jax_nixlep.routing import Handle as Handle
 from jax_nixlep.routing import Received as Received
 from jax_nixlep.routing import Status as Status
+from jax_nixlep.moe import MoeAux as MoeAux
+from jax_nixlep.moe import nixlep_moe as nixlep_moe
+from jax_nixlep.moe import param_specs as param_specs
+from jax_nixlep.router import Router as Router

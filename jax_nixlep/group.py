@@ -9,13 +9,17 @@ import math
 import secrets
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import numpy as np
 
-from jax_nixlep import _ffi, launch
+from jax_nixlep import _ffi
 from jax_nixlep import store as stores
+from jax_nixlep.store.tcp import StoreServer
+
+if TYPE_CHECKING:
+    from jax_nixlep.launch import RankEnv
 from jax_nixlep.config import EpConfig
 from jax_nixlep.placement import Placement, identity_placement
 from jax_nixlep.rendezvous import Rendezvous, Seat
@@ -63,7 +67,7 @@ class EpGroup:
         self.members = tuple(sorted(members))
         self.epoch = 1
         self._seats = seats
-        self._server: stores.StoreServer | None = None
+        self._server: StoreServer | None = None
         self._store: stores.Store | None = None
         self._rendezvous: Rendezvous | None = None
 
@@ -222,7 +226,7 @@ def initialize(
             if url is None:
                 group._activate()
             else:
-                serve = mesh is None and seats[0].rank == group.members[0] and launch.rank_env() is None
+                serve = mesh is None and seats[0].rank == group.members[0] and _launched() is None
                 group._open(url, serve, secret, init_timeout_s)
         except BaseException:
             group._close()
@@ -248,6 +252,12 @@ atexit.register(shutdown)
 # --- Where ranks come from. ---
 
 
+def _launched() -> RankEnv | None:
+    from jax_nixlep.launch import rank_env  # here, so that `python -m jax_nixlep.launch` does not find it imported
+
+    return rank_env()
+
+
 def _check_ranks(config: EpConfig, ranks: Sequence[int], own: Sequence[int]) -> None:
     bad = [r for r in ranks if not 0 <= r < config.max_ranks]
     if bad or len(set(ranks)) != len(ranks):
@@ -265,7 +275,7 @@ def _check_ranks(config: EpConfig, ranks: Sequence[int], own: Sequence[int]) -> 
 def _member_places(
     rank: int | None, members: Iterable[int] | None, store: str | None, secret: str | None
 ) -> tuple[list[tuple[int, str, int]], list[int], str | None, str | None]:
-    env = launch.rank_env()
+    env = _launched()
     if env is not None:
         rank = env.rank if rank is None else rank
         members = range(env.num_ranks) if members is None else members
@@ -306,16 +316,16 @@ def _mesh_places(mesh: jax.sharding.Mesh, axis: str | tuple[str, ...]) -> tuple[
     return places, math.prod(sizes)
 
 
-def _mesh_store(url: str | None, secret: str | None) -> tuple[str | None, str | None, stores.StoreServer | None]:
+def _mesh_store(url: str | None, secret: str | None) -> tuple[str | None, str | None, StoreServer | None]:
     """The store of a mesh's processes: the given one, the launcher's, or one that process 0 serves."""
-    env = launch.rank_env()
+    env = _launched()
     if url is None and env is not None:
         url = env.store
     if url is not None:
         return url, secret, None
     if jax.process_count() == 1:
         secret = secrets.token_hex(16)
-        server = stores.StoreServer(secret=secret)
+        server = StoreServer(secret=secret)
         return server.url, secret, server
     from jax._src.distributed import global_state  # the job's own key-value service has no public name
 
@@ -323,7 +333,7 @@ def _mesh_store(url: str | None, secret: str | None) -> tuple[str | None, str | 
     if jax.process_index() == 0:
         host = str(global_state.coordinator_address).rsplit(":", 1)[0]
         secret = secrets.token_hex(16)
-        server = stores.StoreServer(host=host, secret=secret)
+        server = StoreServer(host=host, secret=secret)
         global_state.client.key_value_set(key, json.dumps([server.url, secret]), allow_overwrite=True)
         return server.url, secret, server
     url, secret = json.loads(global_state.client.blocking_key_value_get(key, 60_000))

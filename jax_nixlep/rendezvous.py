@@ -154,16 +154,14 @@ class Rendezvous:
         return found
 
     def _until_none_missing(self, missing: Callable[[Seat], list[int]], what: str) -> None:
-        waiting = list(self._seats)
-        while waiting:
-            absent = missing(waiting[0])
-            if not absent:
-                waiting.pop(0)
-                continue
+        while True:
+            absent = {seat.team: missing(seat) for seat in self._seats}
+            if not any(absent.values()):
+                return
             if time.monotonic() > self._deadline:
-                team = f" of group {waiting[0].team}" if waiting[0].team else ""
+                names = "; ".join(f"ranks {ranks}{f' of group {team}' if team else ''}" for team, ranks in absent.items() if ranks)
                 raise TimeoutError(
-                    f"initialize: ranks {absent}{team} did not {what} within {self._timeout_s:g} s; "
+                    f"initialize: {names} did not {what} within {self._timeout_s:g} s; "
                     "check that they run and use the same store, or raise init_timeout_s"
                 )
             time.sleep(_POLL_S)
