@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from jax_nixlep import _host
 from jax_nixlep._host import Endpoint, EpError, NixlError, set_endpoint
+from jax_nixlep._vary import vary
 
-__all__ = ["Endpoint", "EpError", "NixlError", "set_endpoint", "call", "vary", "attributes"]
+__all__ = ["Endpoint", "EpError", "NixlError", "set_endpoint", "call", "attributes"]
 
 WIRE_VERSION: int = _host.WIRE_VERSION
 QUANT_BLOCK: int = _host.QUANT_BLOCK
@@ -42,25 +46,47 @@ for _name, _handler in _host.handlers().items():
     jax.ffi.register_ffi_target(_TARGET.format(_name), _handler, platform="cpu")
 
 
-def attributes(ordinal: int, wire: str, scale_format: str = "float32", round_scale: bool = False) -> dict[str, np.int64]:
+def attributes(
+    ordinal: int, wire: str, scale_format: str = "float32", round_scale: bool = False, *, weighted: bool
+) -> dict[str, np.int64]:
     """The static part of an operation, as `OpAttributes` in ffi/host/handlers.cc decodes it."""
     return {
         "ordinal": np.int64(ordinal),
         "wire": np.int64(_host.WIRES[wire]),
         "scale_format": np.int64(_host.SCALE_FORMATS[scale_format]),
         "round_scale": np.int64(round_scale),
+        "weighted": np.int64(weighted),
     }
 
 
-def call(name: str, results: Sequence[jax.ShapeDtypeStruct], *args: jax.Array, **attrs: Any) -> list[jax.Array]:
+# A primitive of our own instead of jax.ffi.ffi_call, for one reason: XLA must not drop the exchange of a rank that does
+# not look at the result (one with zero tokens has none to look at), since its peers wait for it. ffi_call can only say
+# so through a JAX effect, and effects are refused by jax.checkpoint before jax 0.12.
+_call_p = Primitive("jax_nixlep")
+_call_p.multiple_results = True
+_call_p.def_abstract_eval(lambda *_, results, **__: [jax.core.ShapedArray(r.shape, r.dtype) for r in results])
+
+
+def _lower(ctx, *operands, name, results, attrs):
+    del results
+    return jax.ffi.ffi_lowering(_TARGET.format(name), has_side_effect=True)(ctx, *operands, **dict(attrs))
+
+
+mlir.register_lowering(_call_p, _lower)
+
+
+@functools.cache
+def _compiled(**params: Any) -> Any:
+    return jax.jit(lambda *args: _call_p.bind(*args, **params))
+
+
+_call_p.def_impl(lambda *args, **params: _compiled(**params)(*args))
+
+
+def call(name: str, results: Sequence[jax.ShapeDtypeStruct], *args: jax.Array, **attrs: np.int64) -> list[jax.Array]:
     """Emits custom call `jax_nixlep_<name>`. No JAX effect, so that remat, scan and grad accept it."""
-    return [vary(out) for out in jax.ffi.ffi_call(_TARGET.format(name), tuple(results))(*args, **attrs)]
-
-
-def vary(x: jax.Array) -> jax.Array:
-    """Marks `x` as different on every device of the enclosing shard_map, as everything that meets a peer is."""
-    axes = set(jax.sharding.get_abstract_mesh().manual_axes) - jax.typeof(x).manual_axis_type.varying
-    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+    out = _call_p.bind(*args, name=name, results=tuple(results), attrs=tuple(sorted(attrs.items())))
+    return [vary(o) for o in out]
 
 
 def struct(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax._src import core as _core  # no public name for the stack of traces
 
-from jax_nixlep import _ffi
+from jax_nixlep._vary import vary
 
 _counts: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 
@@ -28,7 +28,9 @@ def next_ordinal(op: str) -> int:
     stack = _core.unsafe_get_trace_stack(_core.trace_ctx.trace)
     kinds = [type(trace).__name__ for trace in stack]
     if "BatchTrace" in kinds:
-        raise NotImplementedError(f"{op}: must not be called under vmap; got a batched call; fold the batch into tokens")
+        raise NotImplementedError(
+            f"{op}: must not be called under vmap; got a batched call; fold the batch into tokens"
+        )
     if "DynamicJaxprTrace" not in kinds:
         return 0
     program = stack[kinds.index("DynamicJaxprTrace")]
@@ -39,5 +41,5 @@ def next_ordinal(op: str) -> int:
 def edge(after: jax.Array | None) -> jax.Array:
     """The operand that orders an operation after whatever made `after`: one float32 value, its content unused."""
     if after is None or after.size == 0:
-        return _ffi.vary(jnp.zeros((), jnp.float32))
-    return _ffi.vary(after.reshape(-1)[0].astype(jnp.float32))
+        return vary(jnp.zeros((), jnp.float32))
+    return vary(after.reshape(-1)[0].astype(jnp.float32))

@@ -7,9 +7,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_nixlep import _ffi, _order
+from jax_nixlep import _order
+from jax_nixlep._check import check_combine
+from jax_nixlep._vary import vary
 from jax_nixlep.config import EpConfig
-from jax_nixlep.dispatch import OpSpec, check, gather_rows, scatter_tokens
+from jax_nixlep.dispatch import OpSpec, gather_rows, scatter_tokens
 from jax_nixlep.routing import Handle
 
 
@@ -48,16 +50,13 @@ def combine(
 
 def combine_ordered(expert_out, handle, weights=None, *, config, after=None):
     """`combine`, and the order edge that a later operation can take as `after`."""
+    check_combine(expert_out, handle, weights, config)
     expert_ids, row_of, row_weights = handle
-    remedy = "pass received.handle unchanged, with an output for each received row"
-    check("combine", "expert_out", expert_out, (row_weights.shape[0], config.hidden), config.dtype, remedy)
-    check("combine", "handle.row_of", row_of, (config.max_ranks, config.max_tokens_per_rank, config.top_k), jnp.int32, remedy)
     spec = OpSpec(config, _order.next_ordinal("combine"), row_weights.shape[0])
     order = _order.edge(after)
-    expert_out, expert_ids, row_of, row_weights = map(_ffi.vary, (expert_out, expert_ids, row_of, row_weights))
+    expert_out, expert_ids, row_of, row_weights = map(vary, (expert_out, expert_ids, row_of, row_weights))
     if weights is not None:
-        check("combine", "weights", weights, expert_ids.shape, jnp.float32, "cast or reshape the weights")
-        row_weights, order = _route_weights(spec, _ffi.vary(weights), expert_ids, row_of, order)
+        row_weights, order = _route_weights(spec, vary(weights), expert_ids, row_of, order)
     return _combine(spec, expert_out, row_weights, expert_ids, row_of, order)
 
 
@@ -68,7 +67,12 @@ def _combine(spec: OpSpec, expert_out, row_weights, expert_ids, row_of, after):
 
 
 def _combine_fwd(spec, expert_out, row_weights, expert_ids, row_of, after):
-    return _combine(spec, expert_out, row_weights, expert_ids, row_of, after), (expert_out, row_weights, expert_ids, row_of)
+    return _combine(spec, expert_out, row_weights, expert_ids, row_of, after), (
+        expert_out,
+        row_weights,
+        expert_ids,
+        row_of,
+    )
 
 
 def _combine_bwd(spec, residuals, cotangents):

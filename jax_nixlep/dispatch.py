@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jax_nixlep import _ffi, _order
+from jax_nixlep._check import check_dispatch
+from jax_nixlep._vary import vary
 from jax_nixlep.config import EpConfig
 from jax_nixlep.routing import Handle, Received, Status
 
@@ -20,15 +22,18 @@ class OpSpec:
     config: EpConfig
     ordinal: int
     num_rows: int
+    weighted: bool = False  # weights were given
     dequantize: bool = True
 
-    def forward(self) -> dict:
+    def attributes(self) -> dict:
         config = self.config
-        return _ffi.attributes(self.ordinal, config.token_wire, config.scale_format, config.round_scale)
+        return _ffi.attributes(
+            self.ordinal, config.token_wire, config.scale_format, config.round_scale, weighted=self.weighted
+        )
 
-    def backward(self) -> dict:
+    def linear_attributes(self, weighted: bool) -> dict:
         """Partial sums and cotangents travel unquantised."""
-        return _ffi.attributes(self.ordinal, self.config.sum_wire)
+        return _ffi.attributes(self.ordinal, self.config.sum_wire, weighted=weighted)
 
 
 def dispatch(
@@ -69,17 +74,11 @@ def dispatch(
       ValueError, TypeError: at trace time, naming the argument, what it must be, what it is and what to do.
       jax.errors.JaxRuntimeError: when the program runs: a peer that is late, dead or runs another operation is named.
     """
-    check_tokens("dispatch", x, config, rows_must_be=f"at most max_tokens_per_rank = {config.max_tokens_per_rank}")
-    check("dispatch", "expert_ids", expert_ids, (x.shape[0], config.top_k), jnp.int32, "cast or reshape the ids")
-    if weights is not None:
-        check("dispatch", "weights", weights, expert_ids.shape, jnp.float32, "cast or reshape the weights")
-    if recv_capacity is not None and recv_capacity <= 0:
-        raise ValueError(
-            f"dispatch: recv_capacity must be positive; got {recv_capacity}; use None for the config's capacity"
-        )
-    spec = OpSpec(config, _order.next_ordinal("dispatch"), recv_capacity or config.num_rows, dequantize)
+    check_dispatch(x, expert_ids, weights, config, dequantize, recv_capacity)
+    ordinal, rows = _order.next_ordinal("dispatch"), recv_capacity or config.num_rows
+    spec = OpSpec(config, ordinal, rows, weights is not None, dequantize)
     flat = jnp.zeros((0,), jnp.float32) if weights is None else weights
-    out = _dispatch(spec, _ffi.vary(x), _ffi.vary(expert_ids), _ffi.vary(flat), _order.edge(after))
+    out = _dispatch(spec, vary(x), vary(expert_ids), vary(flat), _order.edge(after))
     tokens, scales, row_weights, group_sizes, demand, clean_ids, row_of, peers, dropped, invalid_ids, order = out
     return Received(
         tokens,
@@ -109,12 +108,12 @@ def _dispatch(spec: OpSpec, x, expert_ids, weights, after):
         _ffi.struct((), i32),  # invalid_ids
         _ffi.struct((), f32),  # order
     )
-    return tuple(_ffi.call("dispatch", results, x, expert_ids, weights, after, **spec.forward()))
+    return tuple(_ffi.call("dispatch", results, x, expert_ids, weights, after, **spec.attributes()))
 
 
 def _dispatch_fwd(spec, x, expert_ids, weights, after):
     out = _dispatch(spec, x, expert_ids, weights, after)
-    return out, (out[5], out[6], weights)
+    return out, (out[5], out[6])
 
 
 def _dispatch_bwd(spec, residuals, cotangents):
@@ -123,10 +122,16 @@ def _dispatch_bwd(spec, residuals, cotangents):
             "dispatch: dequantize must be True for a gradient; got False; "
             "dequantize in dispatch, or stop the gradient of its results"
         )
-    clean_ids, row_of, weights = residuals
+    clean_ids, row_of = residuals
     d_tokens, d_row_weights, d_order = cotangents[0], cotangents[2], cotangents[-1]
     d_x, d_weights, order = gather_rows(
-        spec, d_tokens, jnp.ones_like(d_row_weights), d_row_weights if weights.size else None, clean_ids, row_of, d_order
+        spec,
+        d_tokens,
+        jnp.ones_like(d_row_weights),
+        d_row_weights if spec.weighted else None,
+        clean_ids,
+        row_of,
+        d_order,
     )
     return d_x, None, d_weights, order
 
@@ -150,8 +155,10 @@ def scatter_tokens(spec: OpSpec, x, weights, expert_ids, row_of, after):
         _ffi.struct((0 if weights is None else spec.num_rows,), jnp.float32),
         _ffi.struct((), jnp.float32),
     )
-    operands = (_ffi.vary(v) for v in (x, flat, expert_ids, row_of, after))
-    rows, row_weights, order = _ffi.call("redispatch", results, *operands, **spec.backward())
+    operands = (vary(v) for v in (x, flat, expert_ids, row_of, after))
+    rows, row_weights, order = _ffi.call(
+        "redispatch", results, *operands, **spec.linear_attributes(weights is not None)
+    )
     return rows, None if weights is None else row_weights, order
 
 
@@ -168,29 +175,5 @@ def gather_rows(spec: OpSpec, rows, row_weights, row_scalars, expert_ids, row_of
         _ffi.struct((0,) if row_scalars is None else expert_ids.shape, jnp.float32),
         _ffi.struct((), jnp.float32),
     )
-    operands = (_ffi.vary(v) for v in (rows, row_weights, scalars, row_of, after))
-    return _ffi.call("combine", results, *operands, **spec.backward())
-
-
-# --- Checks shared with combine. ---
-
-
-def check(op: str, name: str, value, shape: tuple[int, ...], dtype, remedy: str) -> None:
-    if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}; got {tuple(value.shape)}; {remedy}")
-    if value.dtype != dtype:
-        raise TypeError(f"{op}: {name} must be {jnp.dtype(dtype).name}; got {value.dtype.name}; {remedy}")
-
-
-def check_tokens(op: str, x, config: EpConfig, rows_must_be: str) -> None:
-    if x.ndim != 2 or x.shape[1] != config.hidden:
-        raise ValueError(
-            f"{op}: x must have shape [tokens, {config.hidden}]; got {tuple(x.shape)}; "
-            "flatten the leading axes, or initialize with this hidden size"
-        )
-    if x.dtype != config.dtype:
-        raise TypeError(f"{op}: x must be {config.dtype.name}; got {x.dtype.name}; cast it to config.dtype")
-    if x.shape[0] > config.max_tokens_per_rank:
-        raise ValueError(
-            f"{op}: tokens must be {rows_must_be}; got {x.shape[0]}; split the tokens, or raise max_tokens_per_rank"
-        )
+    operands = (vary(v) for v in (rows, row_weights, scalars, row_of, after))
+    return _ffi.call("combine", results, *operands, **spec.linear_attributes(row_scalars is not None))

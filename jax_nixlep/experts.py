@@ -9,16 +9,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_nixlep._vary import vary_alike
+
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": jax.nn.gelu,  # tanh approximation
     "relu": jax.nn.relu,
 }
-# Two cores, jax 0.10.2, SwiGLU, milliseconds: forward / forward + backward. On CPU ragged_dot multiplies every row
-# with every expert, and reserves memory to match; the loop below touches only the blocks that hold rows.
-#   E=8 C=4096 (1024 used) H=2048 F=1024 bf16: ragged_dot 790 / 4240, blocks of 64: 133 / 590, of 128: 115 / 517
-#   E=8 C=2048 (2048 used) H=256  F=512  f32:  ragged_dot  79 /  246, blocks of 64:  17 /  70, of 128:  14 /  56
-#   E=8 C=2048 ( 512 used) H=256  F=512  f32:  ragged_dot  65 /  246, blocks of 64:   6 /  31, of 128:   8 /  33
+# On CPU ragged_dot multiplies every row with every expert and reserves memory to match; the loop below touches only the
+# blocks that hold rows. This MLP on two cores, jax 0.10.2, milliseconds, forward / forward + backward, E = 8:
+#   rows (used)  H     F     dtype     ragged_dot   blocks of 64   blocks of 128
+#   4096 (1024)  2048  1024  bfloat16  793 / 4156     136 / 576      125 / 503
+#   2048 (2048)   256   512  float32    79 /  246      17 /  70       14 /  56
+#   2048  (512)   256   512  float32    57 /  247       6 /  31        8 /  35
 _BLOCK_ROWS = 64
 
 
@@ -113,16 +116,6 @@ def _grouped_dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.
         cpu=_block_dot,
         default=lambda x, w, sizes: lax.ragged_dot(x, w, sizes, preferred_element_type=jnp.float32),
     )
-
-
-def vary_alike(*arrays: Any) -> list[Any]:
-    """The arrays, varying over the mesh axes of all of them, as shard_map(check_vma=True) asks of custom_vjp and loops.
-
-    Cotangents then have the types of their values; an array that was replicated gets the sum of its cotangents.
-    """
-    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
-    missing = [tuple(frozenset().union(*varying) - v) for v in varying]
-    return [lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True)]
 
 
 def _for_blocks(group_sizes: jax.Array, block: int, body: Callable[..., jax.Array], init: jax.Array) -> jax.Array:

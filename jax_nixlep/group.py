@@ -266,7 +266,9 @@ def _check_ranks(config: EpConfig, ranks: Sequence[int], own: Sequence[int]) -> 
             "raise EpConfig.max_ranks, or number the members from 0"
         )
     if not own:
-        raise ValueError("initialize: mesh must contain a device of this process; got none; build it over jax.devices()")
+        raise ValueError(
+            "initialize: mesh must contain a device of this process; got none; build it over jax.devices()"
+        )
     for r in own:
         if r not in ranks:
             raise ValueError(f"initialize: rank must be one of members {list(ranks)}; got {r}; add it to members")
@@ -295,7 +297,8 @@ def _member_places(
 
 
 def _ordinal(device: jax.Device) -> int:
-    return jax.local_devices(backend=device.platform).index(device)
+    """The number under which XLA shows the device to a custom call: on CPU the global id, else the local ordinal."""
+    return device.id if device.platform == "cpu" else jax.local_devices(backend=device.platform).index(device)
 
 
 def _mesh_places(mesh: jax.sharding.Mesh, axis: str | tuple[str, ...]) -> tuple[list[tuple[int, str, int]], int]:
@@ -338,4 +341,3 @@ def _mesh_store(url: str | None, secret: str | None) -> tuple[str | None, str | 
         return server.url, secret, server
     url, secret = json.loads(global_state.client.blocking_key_value_get(key, 60_000))
     return url, secret, None
-

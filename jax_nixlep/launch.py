@@ -227,7 +227,7 @@ class _Job:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             process_group=0,  # a terminal's Ctrl-C is for the launcher; it stops a rank's children with the rank
-            preexec_fn=_die_with_parent(),  # noqa: PLW1509  it takes no lock and imports nothing
+            preexec_fn=_die_with_parent(),
         )
         self._outputs[rank] = []
         for pipe, stream in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):

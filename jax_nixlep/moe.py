@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jax_nixlep import _ffi, _order, reference
+from jax_nixlep import _order, reference
+from jax_nixlep._vary import vary, vary_alike
 from jax_nixlep.combine import combine_ordered
 from jax_nixlep.config import EpConfig
 from jax_nixlep.dispatch import dispatch
-from jax_nixlep.experts import grouped_mlp, vary_alike
+from jax_nixlep.experts import grouped_mlp
 from jax_nixlep.placement import Placement, identity_placement, to_slots
 from jax_nixlep.router import Router, route
 
@@ -199,7 +200,7 @@ def _layer(
             y, order = combine_ordered(out, received.handle, config=config, after=received.status.order)
         if "shared_wi_0" in params:
             y = y + jnp.where(mask[:, None], _shared_expert(x, params, activation), 0)
-        return y, received.status.dropped, _ffi.vary(order)
+        return y, received.status.dropped, vary(order)
 
     inputs = (tokens, mask, slots, routing.weights)
     if tokens.shape[0] > chunk_tokens:
@@ -260,25 +261,41 @@ def _check(x, params, config, router, axes, mesh, backend, chunk_tokens, tensor_
             raise ValueError(f"nixlep_moe: {name} must {must}; got {got}; {remedy}")
 
     require(backend in ("native", "xla"), "backend", 'be "native" or "xla"', repr(backend), "choose one of the two")
-    require(router.top_k == config.top_k, "router.top_k", f"be config.top_k = {config.top_k}", router.top_k, "make them equal")
-    require(x.ndim >= 2 and x.shape[-1] == config.hidden, "x", f"be [..., {config.hidden}]", x.shape, "use config.hidden")
+    require(
+        router.top_k == config.top_k,
+        "router.top_k",
+        f"be config.top_k = {config.top_k}",
+        router.top_k,
+        "make them equal",
+    )
+    require(
+        x.ndim >= 2 and x.shape[-1] == config.hidden, "x", f"be [..., {config.hidden}]", x.shape, "use config.hidden"
+    )
     for name in ("gate", "wi_0", "wo"):
         require(name in params, "params", f"contain {name!r}", sorted(params), "see the docstring")
     known = {"gate", "gate_bias", "score_bias", *_EXPERT_PARAMS, *_SHARED_PARAMS}
     require(set(params) <= known, "params", f"only contain {sorted(known)}", sorted(set(params) - known), "rename them")
     shape = (config.hidden, router.num_experts)
-    require(params["gate"].shape == shape, 'params["gate"]', f"be {shape}", params["gate"].shape, "transpose or resize it")
+    require(
+        params["gate"].shape == shape, 'params["gate"]', f"be {shape}", params["gate"].shape, "transpose or resize it"
+    )
     slots = config.experts_per_rank
     if mesh is not None:
         for name in axes:
-            require(name in mesh.axis_names, "axis", f"name axes of the mesh {mesh.axis_names}", name, "rename one of them")
+            require(
+                name in mesh.axis_names, "axis", f"name axes of the mesh {mesh.axis_names}", name, "rename one of them"
+            )
         ranks = math.prod(mesh.shape[name] for name in axes)
-        require(ranks <= config.max_ranks, "mesh", f"have at most max_ranks = {config.max_ranks} ranks", ranks, "raise it")
+        require(
+            ranks <= config.max_ranks, "mesh", f"have at most max_ranks = {config.max_ranks} ranks", ranks, "raise it"
+        )
         slots *= ranks
     for name in _EXPERT_PARAMS:
         if name in params:
             got = params[name].shape
-            require(got[0] == slots, f"params[{name!r}]", f"have {slots} slots in front", got, "stack one expert per slot")
+            require(
+                got[0] == slots, f"params[{name!r}]", f"have {slots} slots in front", got, "stack one expert per slot"
+            )
     if chunk_tokens is not None:
         require(
             0 < chunk_tokens <= config.max_tokens_per_rank,

@@ -35,9 +35,7 @@ def identity_placement(num_experts: int, members: Sequence[int], experts_per_ran
             f"identity_placement: num_experts must be at most the {len(slots)} slots of {len(members)} members; "
             f"got {num_experts}; raise experts_per_rank or add members"
         )
-    return Placement(
-        jnp.asarray(np.array(slots[:num_experts], np.int32)[:, None]), jnp.ones((num_experts,), jnp.int32)
-    )
+    return Placement(jnp.asarray(np.array(slots[:num_experts], np.int32)[:, None]), jnp.ones((num_experts,), jnp.int32))
 
 
 def to_slots(placement: Placement, expert_ids: jax.Array) -> jax.Array:

@@ -11,12 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jax_nixlep import quant
+from jax_nixlep._check import check_combine, check_dispatch
+from jax_nixlep._vary import vary_alike
 from jax_nixlep.config import EpConfig
-from jax_nixlep.experts import vary_alike
 from jax_nixlep.routing import PEER_ABSENT, PEER_OK, Handle, Received, Status
 
 Axis = str | None
@@ -270,45 +270,3 @@ def _axis_size(op: str, config: EpConfig, axis: Axis) -> int:
             f"{op}: axis must have at most max_ranks={config.max_ranks} ranks; got {size}; raise max_ranks in EpConfig"
         )
     return size
-
-
-def check_dispatch(
-    x: Any, expert_ids: Any, weights: Any, config: EpConfig, dequantize: bool, recv_capacity: int | None
-) -> None:
-    """Refuses at trace time what `dispatch` cannot take."""
-    tokens, k = x.shape[0] if x.ndim else 0, config.top_k
-    if tokens > config.max_tokens_per_rank:
-        raise ValueError(
-            f"dispatch: x must have at most max_tokens_per_rank={config.max_tokens_per_rank} tokens; got {tokens}; "
-            "dispatch in chunks or raise max_tokens_per_rank"
-        )
-    _check_array("dispatch", "x", x, (tokens, config.hidden), config.dtype)
-    _check_array("dispatch", "expert_ids", expert_ids, (tokens, k), jnp.int32)
-    if weights is not None:
-        _check_array("dispatch", "weights", weights, (tokens, k), jnp.float32)
-    if not dequantize and config.wire != "fp8_e4m3":
-        raise ValueError(f'dispatch: dequantize must be True for wire="{config.wire}"; got False; leave it out')
-    if recv_capacity is not None and not (isinstance(recv_capacity, (int, np.integer)) and recv_capacity > 0):
-        raise ValueError(
-            f"dispatch: recv_capacity must be a positive int or None; got {recv_capacity!r}; use None for the config's"
-        )
-
-
-def check_combine(expert_out: Any, handle: Handle, weights: Any, config: EpConfig) -> None:
-    """Refuses at trace time what `combine` cannot take."""
-    if not isinstance(handle, Handle):
-        raise TypeError(f"combine: handle must be a Handle; got {type(handle).__name__}; pass received.handle")
-    tokens, k = handle.expert_ids.shape
-    shape = (config.max_ranks, config.max_tokens_per_rank, k)
-    _check_array("combine", "handle.row_of", handle.row_of, shape, jnp.int32)
-    _check_array("combine", "expert_out", expert_out, (handle.row_weights.shape[0], config.hidden), config.dtype)
-    if weights is not None:
-        _check_array("combine", "weights", weights, (tokens, k), jnp.float32)
-
-
-def _check_array(op: str, name: str, value: Any, shape: tuple[int, ...], dtype: Any) -> None:
-    if value.shape != shape or value.dtype != dtype:
-        raise ValueError(
-            f"{op}: {name} must be {jnp.dtype(dtype).name} {list(shape)}; got {value.dtype} {list(value.shape)}; "
-            "cast or reshape it, or change EpConfig"
-        )

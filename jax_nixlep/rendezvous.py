@@ -31,8 +31,9 @@ class Seat:
 class Rendezvous:
     """One meeting of all members. Values are JSON; what a peer says is checked before it is used.
 
-    A store may hold what an earlier job left. So members first agree on everybody's nonce: a rank publishes the digest
-    of all the nonces it sees, and goes on when all published the same one, which only living members can do.
+    A store may hold what an earlier job left. So each member publishes, beside its own nonce, the nonces it sees: who
+    lists mine is alive, and when all list the same the meeting is complete. What is exchanged later lies under a key
+    made of those nonces.
     """
 
     def __init__(self, store: Store, seats: Sequence[Seat], config: EpConfig, members: Sequence[int], timeout_s: float):
@@ -63,46 +64,47 @@ class Rendezvous:
 
     def barrier(self, name: str) -> None:
         """Returns when every member has called it."""
-        self._exchange(name, {seat: True for seat in self._seats})
+        self._exchange(name, dict.fromkeys(self._seats, True))
 
     def close(self) -> None:
-        """Removes what this process wrote."""
-        for seat in self._seats:
+        """Removes what this process wrote, unless the meeting failed: then others still have to read why."""
+        for seat in self._session:
             self._store.delete(f"{self._prefix(seat)}hello/{seat.rank}")
-            if seat in self._session:
-                for step in ("agreed", "mapped", "nixl", "active", "failed"):
-                    self._store.delete(f"{self._prefix(seat)}{self._session[seat]}/{step}/{seat.rank}")
+            for step in ("mapped", "nixl", "active"):
+                self._store.delete(f"{self._prefix(seat)}{self._session[seat]}/{step}/{seat.rank}")
 
     # --- Steps ---
 
     def _arrive(self) -> None:
         described = {f.name: _plain(getattr(self._config, f.name)) for f in dataclasses.fields(self._config)}
         described |= {"members": list(self._members), "wire version": _ffi.WIRE_VERSION}
-        for seat in self._seats:
-            hello = {"config": described, "address": seat.endpoint.address()}
-            self._store.put(f"{self._prefix(seat)}hello/{seat.rank}", json.dumps(hello).encode())
+        published: dict[Seat, dict[str, Any]] = {}
 
-        def all_agree(seat: Seat) -> list[int]:
+        def not_met(seat: Seat) -> list[int]:
+            address = seat.endpoint.address()
             hellos = self._scan(seat, "hello")
-            for peer, hello in hellos.items():
+            seen = {str(r): hellos[r]["address"]["nonce"] for r in hellos} | {str(seat.rank): address["nonce"]}
+            hello = {"config": described, "address": address, "seen": seen}
+            if published.get(seat) != hello:
+                self._store.put(f"{self._prefix(seat)}hello/{seat.rank}", json.dumps(hello).encode())
+                published[seat] = hello
+            alive = {r: h for r, h in hellos.items() if h["seen"].get(str(seat.rank)) == address["nonce"]}
+            for peer, theirs in alive.items():
                 for name, own in described.items():
-                    if hello["config"].get(name) != own:
+                    if theirs["config"].get(name) != own:
                         raise ValueError(
                             f"initialize: {name} must be equal on every rank; got {own!r} on rank {seat.rank} and "
-                            f"{hello['config'].get(name)!r} on rank {peer}; start all with one config"
+                            f"{theirs['config'].get(name)!r} on rank {peer}; start all with one config"
                         )
-            if missing := [r for r in self._members if r not in hellos]:
-                return missing
-            nonces = json.dumps([hellos[r]["address"]["nonce"] for r in self._members])
-            session = hashlib.sha256(nonces.encode()).hexdigest()[:16]
-            if self._session.get(seat) != session:
-                self._session[seat] = session
-                self._hellos[seat] = hellos
-                self._put(seat, "agreed", True)
-            agreed = self._scan(seat, f"{session}/agreed")
-            return [r for r in self._members if r not in agreed]
+            keys = [str(r) for r in self._members]
+            nonces = [seen.get(key) for key in keys]
+            absent = [r for r in self._members if r not in alive or [alive[r]["seen"].get(k) for k in keys] != nonces]
+            if not absent:
+                self._hellos[seat] = {r: alive[r] for r in self._members}
+                self._session[seat] = hashlib.sha256(json.dumps(nonces).encode()).hexdigest()[:16]
+            return absent
 
-        self._until_none_missing(all_agree, "arrive")
+        self._until_none_missing(not_met, "arrive")
 
     def _connect_all(self) -> None:
         share = os.environ.get("JAX_NIXLEP_P2P", "1") != "0"
@@ -124,7 +126,7 @@ class Rendezvous:
             ]
             for seat in self._seats
         }
-        metadata = {seat: "" for seat in self._seats}
+        metadata = dict.fromkeys(self._seats, "")
         for seat in self._seats:
             if far[seat]:
                 name = f"jax_nixlep-{self._session[seat]}-{seat.rank}"
@@ -159,7 +161,9 @@ class Rendezvous:
             if not any(absent.values()):
                 return
             if time.monotonic() > self._deadline:
-                names = "; ".join(f"ranks {ranks}{f' of group {team}' if team else ''}" for team, ranks in absent.items() if ranks)
+                names = "; ".join(
+                    f"ranks {ranks}{f' of group {team}' if team else ''}" for team, ranks in absent.items() if ranks
+                )
                 raise TimeoutError(
                     f"initialize: {names} did not {what} within {self._timeout_s:g} s; "
                     "check that they run and use the same store, or raise init_timeout_s"

@@ -16,6 +16,7 @@ struct OpAttributes {
   int64_t wire;
   int64_t scale_format;
   int64_t round_scale;
+  int64_t weighted;  // weights (dispatch) or scalars (combine) travel; a rank without tokens has none to show
 };
 
 }  // namespace jax_nixlep
@@ -23,7 +24,8 @@ struct OpAttributes {
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_nixlep::OpAttributes, xla::ffi::StructMember<int64_t>("ordinal"),
                                       xla::ffi::StructMember<int64_t>("wire"),
                                       xla::ffi::StructMember<int64_t>("scale_format"),
-                                      xla::ffi::StructMember<int64_t>("round_scale"));
+                                      xla::ffi::StructMember<int64_t>("round_scale"),
+                                      xla::ffi::StructMember<int64_t>("weighted"));
 
 namespace jax_nixlep {
 namespace {
@@ -39,11 +41,6 @@ RowFormat MakeFormat(const OpAttributes& attributes, ffi::DataType type, int64_t
   format.fp8 = {ScaleFormat(attributes.scale_format), attributes.round_scale != 0};
   format.hidden = hidden;
   return format;
-}
-
-template <typename T>
-T* OrNull(ffi::Buffer<ffi::F32>& buffer, T* data) {
-  return buffer.element_count() ? data : nullptr;
 }
 
 // Runs one operation on the endpoint of `device`; whatever goes wrong becomes an error of the XLA program.
@@ -84,7 +81,7 @@ ffi::Error DispatchHandler(int32_t device, OpAttributes attributes, Any x, I32 i
                     .num_rows = rows->dimensions()[0],
                     .x = Bytes(x),
                     .ids = ids.typed_data(),
-                    .weights = OrNull(weights, weights.typed_data()),
+                    .weights = attributes.weighted ? weights.typed_data() : nullptr,
                     .rows = Bytes(*rows),
                     .scales = scales->element_count() ? Bytes(*scales) : nullptr,
                     .row_weights = row_weights->typed_data(),
@@ -108,11 +105,11 @@ ffi::Error RedispatchHandler(int32_t device, OpAttributes attributes, Any x, F32
                       .num_tokens = int(ids.dimensions()[0]),
                       .num_rows = rows->dimensions()[0],
                       .x = Bytes(x),
-                      .weights = OrNull(weights, weights.typed_data()),
+                      .weights = attributes.weighted ? weights.typed_data() : nullptr,
                       .ids = ids.typed_data(),
                       .row_of = row_of.typed_data(),
                       .rows = Bytes(*rows),
-                      .row_weights = OrNull(*row_weights, row_weights->typed_data())};
+                      .row_weights = attributes.weighted ? row_weights->typed_data() : nullptr};
   *order->typed_data() = 0;
   return Run(device, "dispatch", args.format, [&](Endpoint& endpoint) { Redispatch(endpoint, args); });
 }
@@ -126,10 +123,10 @@ ffi::Error CombineHandler(int32_t device, OpAttributes attributes, Any rows, F32
                    .num_rows = rows.dimensions()[0],
                    .rows = Bytes(rows),
                    .row_weights = row_weights.typed_data(),
-                   .row_scalars = OrNull(row_scalars, row_scalars.typed_data()),
+                   .row_scalars = attributes.weighted ? row_scalars.typed_data() : nullptr,
                    .row_of = row_of.typed_data(),
                    .y = Bytes(*y),
-                   .scalars = OrNull(*scalars, scalars->typed_data())};
+                   .scalars = attributes.weighted ? scalars->typed_data() : nullptr};
   *order->typed_data() = 0;
   return Run(device, "combine", args.format, [&](Endpoint& endpoint) { Combine(endpoint, args); });
 }

@@ -305,7 +305,9 @@ bool Operation::Arrived(int from) {
     const uint64_t tokens = Atomic(theirs.num_tokens).load(std::memory_order_relaxed);
     if (Atomic(theirs.check).load(std::memory_order_relaxed) != Signal::Check(stamp, tag, tokens)) return false;
     if (tag != tag_) {
-      throw EpError(Describe() + ": " + who + " runs " + OpTag::Name(tag) +
+      std::string theirs_name = OpTag::Name(tag);
+      if (theirs_name == OpTag::Name(tag_)) theirs_name += " of another shape, dtype or wire";
+      throw EpError(Describe() + ": " + who + " runs " + theirs_name +
                     " at the same place; every member must run the same operations in the same order: run the same "
                     "program, and pass after= between operations that do not depend on each other");
     }
