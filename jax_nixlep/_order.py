@@ -1,9 +1,9 @@
 """The order of operations in a program: its call numbers, and the edges that make it explicit.
 
-XLA may run two operations without data between them in either order, or at once, and differently on each rank. So each
-operation has a number, counted while the program is traced and carried by its messages: ranks that disagree find out
-(ffi/runtime/endpoint.cc). And each operation returns a zero that a later one can take as `after=`. That zero is a float,
-so that its cotangent orders the backward operations too, in reverse.
+XLA may run two operations without data between them in either order, or at once, and differently on each rank. So
+each operation has a number, counted while the program is traced and carried by its messages: ranks that disagree find
+out (ffi/runtime/endpoint.cc). And each operation returns a zero that a later one can take as `after=`. That zero is a
+float, so that its cotangent orders the backward operations too, in reverse.
 """
 
 from __future__ import annotations

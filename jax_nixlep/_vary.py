@@ -1,4 +1,4 @@
-"""Varying axes: what shard_map(check_vma=True) must be told about values that meet a custom call or a custom gradient."""
+"""Varying axes: what shard_map(check_vma=True) must be told of values that meet a custom call or gradient."""
 
 from __future__ import annotations
 

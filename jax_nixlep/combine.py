@@ -36,7 +36,7 @@ def combine(
       handle: `Received.handle` of the dispatch.
       weights: [t, K] float32: use these instead of the weights that `dispatch` got; costs an exchange of their own.
       config: the group's `EpConfig`.
-      after: any array; this operation runs after what made it. Depending on the handle it runs after its dispatch anyway.
+      after: any array; this operation runs after what made it, and after its dispatch in any case.
 
     Returns:
       [t, H] in `config.dtype`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any, Literal
 
@@ -57,10 +58,8 @@ class EpConfig:
             whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
             require(whole and value > 0, name, "be a positive int", "give the capacity of the group")
             object.__setattr__(self, name, int(value))
-        try:
+        with contextlib.suppress(TypeError):  # refused by name below
             object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        except TypeError:
-            pass  # refused by name below
         require(
             self.dtype in (jnp.float32, jnp.bfloat16, jnp.float16),
             "dtype",

@@ -9,7 +9,7 @@ import math
 import secrets
 import threading
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -332,12 +332,13 @@ def _mesh_store(url: str | None, secret: str | None) -> tuple[str | None, str | 
         return server.url, secret, server
     from jax._src.distributed import global_state  # the job's own key-value service has no public name
 
+    client: Any = global_state.client
     key = "jax_nixlep/store"
     if jax.process_index() == 0:
         host = str(global_state.coordinator_address).rsplit(":", 1)[0]
         secret = secrets.token_hex(16)
         server = StoreServer(host=host, secret=secret)
-        global_state.client.key_value_set(key, json.dumps([server.url, secret]), allow_overwrite=True)
+        client.key_value_set(key, json.dumps([server.url, secret]), allow_overwrite=True)
         return server.url, secret, server
-    url, secret = json.loads(global_state.client.blocking_key_value_get(key, 60_000))
+    url, secret = json.loads(client.blocking_key_value_get(key, 60_000))
     return url, secret, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def nixlep_moe(
     Args:
       x: [..., H] tokens in `config.dtype`; with a mesh the first axis is sharded over `token_axes`.
       params: mapping with
-        "gate" [H, L] and optionally "gate_bias" [L] (added to the logits) and "score_bias" [L] (chooses, does not weigh);
+        "gate" [H, L], optionally "gate_bias" [L] (added to the logits) and "score_bias" [L] (chooses, does not weigh);
         "wi_0" [S, H, F], "wo" [S, F, H], and optionally "wi_1" [S, H, F] (gated), "bi_0", "bi_1" [S, F], "bo" [S, H]:
         experts by physical slot, S = slots of this rank, or of the whole group with a mesh (sharded over `axis`);
         optionally "shared_wi_0", "shared_wi_1" [H, F'], "shared_wo" [F', H]: an expert that every token visits.
@@ -123,7 +123,7 @@ def nixlep_moe(
     tokens = token_axes or tuple(name for name in mesh.axis_names if name != tensor_axis)
     spread = P(tokens)
     everywhere = tuple(mesh.axis_names)
-    aux_specs = MoeAux(P(), P(), P(), P(), P(), P(everywhere))
+    aux_specs: Any = MoeAux(*[P()] * 5, order=P(everywhere))  # type: ignore[arg-type]
     after_spec = P(everywhere) if after is not None and after.shape == (mesh.size,) else spread
     mapped = jax.shard_map(
         functools.partial(layer, token_axes=tokens),

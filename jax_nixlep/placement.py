@@ -14,8 +14,8 @@ class Placement(NamedTuple):
     """Slots of each logical expert. A runtime argument of a program: changing it compiles nothing.
 
     Attributes:
-      slots: [L, P] int32, the physical slots (`rank * experts_per_rank + local expert`) of each logical expert, replicas
-        after each other; entries past its count are unused.
+      slots: [L, P] int32, the physical slots (`rank * experts_per_rank + local expert`) of each logical expert,
+        replicas after each other; entries past its count are unused.
       counts: [L] int32, replicas of each expert; 0 = served by nobody, its tokens get nothing from it.
     """
 

@@ -1,5 +1,7 @@
 """dispatch and combine between processes, against numpy loops (`oracle`) and closed forms, on both transports."""
 
+import functools
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -55,16 +57,13 @@ def rank_round_trip(job, cases):
         job.initialize(config, members=options.get("members", range(job.num_ranks)))
         x, ids, weights = make_input(config, job.rank, tokens[job.rank], seed, options.get("ids", "any"))
         dequantize = options.get("dequantize", True)
-
-        @jax.jit
-        def send(x, ids, weights, config=config, dequantize=dequantize, capacity=options.get("recv_capacity")):
-            return nx.dispatch(x, ids, weights, config=config, dequantize=dequantize, recv_capacity=capacity)
-
+        chosen = {"dequantize": dequantize, "recv_capacity": options.get("recv_capacity")}
+        send = jax.jit(functools.partial(nx.dispatch, config=config, **chosen))
         received = send(x, ids, weights if options.get("weigh_at_dispatch", True) else None)
         row = {"received": jax.tree.map(np.asarray, received)}
         if dequantize:
             out = expert_outputs(np.asarray(received.tokens), job.rank)
-            back = jax.jit(lambda out, handle, w, config=config: nx.combine(out, handle, w, config=config))
+            back = jax.jit(functools.partial(nx.combine, config=config))
             row["y"] = np.asarray(back(out, received.handle, None))
             row["y_reweighed"] = np.asarray(back(out, received.handle, 2 * weights[::-1]))
         row["health"] = nx.current_group().health()
@@ -175,7 +174,7 @@ def test_any_shape(pools, data):
 
 
 def rank_gradients(job, config, tokens, seed, where):
-    """Gradients of sum(dy * y) for y = combine(scale_e * x_row), by reverse mode, with weights given in either place."""
+    """Gradients of sum(dy * y) for y = combine(gain_e * row), with the weights given in either place."""
     import jax
 
     import jax_nixlep as nx
