@@ -311,7 +311,7 @@ def rank_micro_batches(job, config, runs, ordered):
         try:
             y1, y2 = both(x1, x2)
             got = np.asarray(y1), np.asarray(y2)
-        except jax.errors.JaxRuntimeError as raised:
+        except (jax.errors.JaxRuntimeError, ValueError) as raised:
             error = str(raised)
             break
         want = got if want[0] is None else want

@@ -21,13 +21,24 @@ namespace {
 constexpr float kFp8Max = 448.0f;
 constexpr float kAmaxFloor = 1e-4f;
 
-template <typename T>
-JN_INLINE void AddScaledLoop(float* sum, const T* x, float weight, size_t n) {
-  for (size_t i = 0; i < n; ++i) sum[i] += weight * ToFloat(x[i]);
+// All rows at once for a few values at a time: the sums stay in registers or the nearest cache.
+constexpr size_t kSumBlock = 64;
+template <typename From, typename To>
+JN_INLINE void SumBlock(To* out, const std::byte* const* rows, const float* weights, int num_rows, size_t begin,
+                        size_t n) {
+  float sum[kSumBlock] = {};
+  for (int r = 0; r < num_rows; ++r) {
+    const From* x = reinterpret_cast<const From*>(rows[r]) + begin;
+    const float weight = weights[r];
+    for (size_t i = 0; i < n; ++i) sum[i] += weight * ToFloat(x[i]);
+  }
+  for (size_t i = 0; i < n; ++i) out[begin + i] = FromFloat<To>(sum[i]);
 }
-template <typename T>
-JN_INLINE void AddLoop(float* sum, const T* x, size_t n) {
-  for (size_t i = 0; i < n; ++i) sum[i] += ToFloat(x[i]);
+template <typename From, typename To>
+JN_INLINE void WeightedSumLoop(To* out, const std::byte* const* rows, const float* weights, int num_rows, size_t n) {
+  size_t begin = 0;
+  for (; begin + kSumBlock <= n; begin += kSumBlock) SumBlock<From>(out, rows, weights, num_rows, begin, kSumBlock);
+  SumBlock<From>(out, rows, weights, num_rows, begin, n - begin);
 }
 template <typename From, typename To>
 JN_INLINE void ConvertLoop(To* out, const From* x, size_t n) {
@@ -107,18 +118,6 @@ JN_INLINE void DequantizeLoop(T* out, const uint8_t* values, const std::byte* sc
 
 #define JN_DEFINE(T)                                                                                       \
   template <>                                                                                              \
-  JN_CLONES void AddScaled(float* sum, const T* x, float weight, size_t n) {                               \
-    AddScaledLoop(sum, x, weight, n);                                                                      \
-  }                                                                                                        \
-  template <>                                                                                              \
-  JN_CLONES void Add(float* sum, const T* x, size_t n) {                                                   \
-    AddLoop(sum, x, n);                                                                                    \
-  }                                                                                                        \
-  template <>                                                                                              \
-  JN_CLONES void Store(T* out, const float* x, size_t n) {                                                 \
-    ConvertLoop(out, x, n);                                                                                \
-  }                                                                                                        \
-  template <>                                                                                              \
   JN_CLONES void Quantize(uint8_t* values, std::byte* scales, const T* x, size_t n, Fp8Options options) {  \
     QuantizeLoop(values, scales, x, n, options);                                                           \
   }                                                                                                        \
@@ -131,15 +130,26 @@ JN_DEFINE(bfloat16)
 JN_DEFINE(float16)
 #undef JN_DEFINE
 
+#define JN_SUM(From, To)                                                                                       \
+  template <>                                                                                                  \
+  JN_CLONES void WeightedSum<From, To>(To* out, const std::byte* const* rows, const float* weights,            \
+                                       int num_rows, size_t n) {                                               \
+    WeightedSumLoop<From>(out, rows, weights, num_rows, n);                                                    \
+  }
 #define JN_CONVERT(From, To)                                   \
+  JN_SUM(From, To)                                             \
   template <>                                                  \
   JN_CLONES void Convert(To* out, const From* x, size_t n) {   \
     ConvertLoop(out, x, n);                                    \
   }
+JN_SUM(float, float)
+JN_SUM(bfloat16, bfloat16)
+JN_SUM(float16, float16)
 JN_CONVERT(float, bfloat16)
 JN_CONVERT(bfloat16, float)
 JN_CONVERT(float16, bfloat16)
 JN_CONVERT(bfloat16, float16)
+#undef JN_SUM
 #undef JN_CONVERT
 
 }  // namespace jax_nixlep

@@ -39,13 +39,10 @@ struct Fp8Options {
   bool round_scale = false;
 };
 
-// For T in float, bfloat16, float16. `n` counts values.
-template <typename T>
-void AddScaled(float* sum, const T* x, float weight, size_t n);  // sum += weight * x, a product then an addition
-template <typename T>
-void Add(float* sum, const T* x, size_t n);
-template <typename T>
-void Store(T* out, const float* x, size_t n);
+// For float, bfloat16, float16, of which the two types of a conversion must be equal or one be bfloat16. `n` counts values.
+// out = 0 + weights[0] * rows[0] + weights[1] * rows[1] ..., in float32 and in this order, each product rounded first.
+template <typename From, typename To>
+void WeightedSum(To* out, const std::byte* const* rows, const float* weights, int num_rows, size_t n);
 template <typename From, typename To>
 void Convert(To* out, const From* x, size_t n);
 // e4m3 values and one scale per kQuantBlock of them (float32, or the exponent byte of a power of two).

@@ -1,5 +1,8 @@
 #include "host/ops.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <numeric>
@@ -119,6 +122,20 @@ std::vector<int32_t> FairLimits(const std::vector<int32_t>& demand, int64_t capa
   return limits;
 }
 
+// Zeroes private memory, as XLA's buffers are. Whole pages of a large piece go back to the kernel, which hands out zeros
+// when they are touched: padding is most of a worst-case buffer and seldom read, and writing it would cost as much as
+// the rest of a dispatch.
+void Zero(std::byte* data, size_t num_bytes) {
+  static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
+  constexpr size_t kLarge = 1 << 18;
+  std::byte* const end = data + num_bytes;
+  auto* first = reinterpret_cast<std::byte*>((reinterpret_cast<uintptr_t>(data) + page - 1) / page * page);
+  auto* last = reinterpret_cast<std::byte*>(reinterpret_cast<uintptr_t>(end) / page * page);
+  if (num_bytes < kLarge || madvise(first, size_t(last - first), MADV_DONTNEED) != 0) first = last = end;
+  std::memset(data, 0, size_t(first - data));
+  std::memset(last, 0, size_t(end - last));
+}
+
 void CheckHandle(const int32_t* row_of, size_t count, int64_t num_rows, const char* op) {
   const auto bad = [&](int32_t row) { return row < -1 || row >= num_rows; };
   if (std::any_of(row_of, row_of + count, bad)) {
@@ -201,7 +218,7 @@ void Dispatch(Endpoint& endpoint, const DispatchArgs& a) {
     }
   });
   op.Finish();
-  std::memset(a.rows + size_t(used) * format.row_bytes(), 0, size_t(a.num_rows - used) * format.row_bytes());
+  Zero(a.rows + size_t(used) * format.row_bytes(), size_t(a.num_rows - used) * format.row_bytes());
   if (a.scales) {
     std::memset(a.scales + size_t(used) * format.scale_bytes(), 0, size_t(a.num_rows - used) * format.scale_bytes());
   }
@@ -251,10 +268,10 @@ void Combine(Endpoint& endpoint, const CombineArgs& a) {
 
   Operation op(endpoint, {OpKind::kCombine, a.ordinal, Digest(format, a.row_scalars)}, a.num_tokens,
                /*broadcast=*/false);
-  std::vector<float> sum(H);
+  std::vector<const std::byte*> summands(size_t(std::max(K, R)));
+  std::vector<float> weights(summands.size());
   WithTokenType(format.type, [&](auto type) {
     using T_ = decltype(type);
-    auto* rows = reinterpret_cast<const T_*>(a.rows);
     for (int i = 1; i <= R; ++i) {
       const int to = (op.rank() + i) % R;
       if (!op.live(to)) continue;
@@ -262,21 +279,22 @@ void Combine(Endpoint& endpoint, const CombineArgs& a) {
       for (int t = 0; t < T; ++t) {
         const int32_t* choices = a.row_of + (size_t(to) * T + t) * K;
         bool present = false;
+        int count = 0;
         for (int k = 0; k < K; ++k) {
           const int32_t row = choices[k];
           if (a.row_scalars) message.second()[t * K + k] = row < 0 ? 0.0f : a.row_scalars[row];
           if (row < 0) continue;
-          if (!present) std::fill(sum.begin(), sum.end(), 0.0f);
           present = true;
           if (std::find(choices, choices + k, row) != choices + k) continue;
-          if (H) AddScaled(sum.data(), rows + size_t(row) * H, a.row_weights[row], H);
+          summands[count] = a.rows + size_t(row) * H * sizeof(T_);
+          weights[count++] = a.row_weights[row];
         }
         message.first()[t] = present;
         if (!present || !H) continue;
         if (format.wire == Wire::kBf16) {
-          Store(reinterpret_cast<bfloat16*>(message.row(t)), sum.data(), H);
+          WeightedSum<T_>(reinterpret_cast<bfloat16*>(message.row(t)), summands.data(), weights.data(), count, H);
         } else {
-          Store(reinterpret_cast<T_*>(message.row(t)), sum.data(), H);
+          WeightedSum<T_>(reinterpret_cast<T_*>(message.row(t)), summands.data(), weights.data(), count, H);
         }
       }
       op.Publish(to, size_t(T) * sizeof(int32_t), a.row_scalars ? size_t(T) * K * sizeof(float) : 0,
@@ -285,26 +303,30 @@ void Combine(Endpoint& endpoint, const CombineArgs& a) {
   });
 
   for (int r = 0; r < R; ++r) op.Wait(r);
-  WithTokenType(format.type, [&](auto type) {
-    using T_ = decltype(type);
-    if (a.scalars) std::fill_n(a.scalars, size_t(a.num_tokens) * K, 0.0f);
-    for (int t = 0; t < a.num_tokens; ++t) {
-      std::fill(sum.begin(), sum.end(), 0.0f);
-      for (int r = 0; r < R; ++r) {
-        if (!op.live(r)) continue;
-        const Message message = op.incoming(r);
-        if (!message.first()[t]) continue;
-        op.CountBytesIn(r, format.wire_bytes());
-        for (int k = 0; a.scalars && k < K; ++k) a.scalars[t * K + k] += message.second()[t * K + k];
-        if (format.wire == Wire::kBf16) {
-          Add(sum.data(), reinterpret_cast<const bfloat16*>(message.row(t)), H);
-        } else {
-          Add(sum.data(), reinterpret_cast<const T_*>(message.row(t)), H);
-        }
-      }
-      if (H) Store(reinterpret_cast<T_*>(a.y) + size_t(t) * H, sum.data(), H);
+  std::fill(weights.begin(), weights.end(), 1.0f);
+  if (a.scalars) std::fill_n(a.scalars, size_t(a.num_tokens) * K, 0.0f);
+  std::vector<uint64_t> taken(R);
+  for (int t = 0; t < a.num_tokens; ++t) {
+    int count = 0;
+    for (int r = 0; r < R; ++r) {
+      if (!op.live(r)) continue;
+      const Message message = op.incoming(r);
+      if (!message.first()[t]) continue;
+      ++taken[r];
+      for (int k = 0; a.scalars && k < K; ++k) a.scalars[t * K + k] += message.second()[t * K + k];
+      summands[count++] = message.row(t);
     }
-  });
+    WithTokenType(format.type, [&](auto type) {
+      using T_ = decltype(type);
+      T_* y = reinterpret_cast<T_*>(a.y) + size_t(t) * H;
+      if (format.wire == Wire::kBf16) {
+        WeightedSum<bfloat16>(y, summands.data(), weights.data(), count, H);
+      } else {
+        WeightedSum<T_>(y, summands.data(), weights.data(), count, H);
+      }
+    });
+  }
+  for (int r = 0; r < R; ++r) op.CountBytesIn(r, taken[r] * format.wire_bytes());
   op.Finish();
 }
 

@@ -272,6 +272,7 @@ void Operation::Publish(int to, size_t first_bytes, size_t second_bytes, size_t 
     if (pieces.empty()) outgoing_.push_back({to, false, NixlAgent::Transfer()});
     Progress();
   } catch (const NixlError& error) {
+    CheckNotice(to);  // a rank that said goodbye cannot be written to any more
     throw EpError(Describe() + ": cannot write to rank " + std::to_string(to) + ": " + error.what());
   }
 }
@@ -318,10 +319,16 @@ bool Operation::Arrived(int from) {
   if (stamp > stamp_ && (stamp >> 48) == (stamp_ >> 48)) {
     throw EpError(Describe() + ": " + who + " went on without this rank, which was too late");
   }
-  auto notice = Notice(Atomic(*reinterpret_cast<uint32_t*>(endpoint_.base() + endpoint_.layout_.notice(from))).load());
-  if (notice == Notice::kLeft) throw EpError(Describe() + ": " + who + " has left the group");
-  if (notice == Notice::kFailed) throw EpError(Describe() + ": " + who + " failed; see its error");
+  CheckNotice(from);
   return false;
+}
+
+void Operation::CheckNotice(int from) const {
+  auto& word = *reinterpret_cast<uint32_t*>(endpoint_.base() + endpoint_.layout_.notice(from));
+  const auto notice = Notice(Atomic(word).load());
+  const std::string who = Describe() + ": rank " + std::to_string(from);
+  if (notice == Notice::kLeft) throw EpError(who + " has left the group");
+  if (notice == Notice::kFailed) throw EpError(who + " failed; see its error");
 }
 
 PeerState Operation::Wait(int from) {
@@ -355,6 +362,7 @@ PeerState Operation::Wait(int from) {
       endpoint_.SleepUntilRung(rung, std::min(left, pushing ? kNapNixl : kNapShared));
     }
   } catch (const NixlError& error) {
+    CheckNotice(from);
     why = std::string("cannot be reached: ") + error.what();
   }
   peer.wait_us += uint64_t(std::chrono::duration_cast<microseconds>(Clock::now() - start).count());
@@ -382,7 +390,9 @@ void Operation::Finish() {
       usleep(kNapNixl.count());
     }
   } catch (const NixlError& error) {
-    throw EpError(Describe() + ": a write failed: " + error.what());
+    const int to = outgoing_.front().to;
+    CheckNotice(to);
+    throw EpError(Describe() + ": a write failed, perhaps to rank " + std::to_string(to) + ": " + error.what());
   }
   std::atomic_thread_fence(std::memory_order_acquire);
   for (int r = 0; r < max_ranks(); ++r) {

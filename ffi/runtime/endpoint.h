@@ -160,7 +160,7 @@ class Operation {
 
   std::string Describe() const;  // "combine #4 (operation 17 of epoch 1)"
   bool Arrived(int from);        // throws on a signal or notice that ends the operation
-  [[noreturn]] void FailLate(const std::string& who);
+  void CheckNotice(int from) const;
   void Progress();
   std::byte* region(int rank) const;
 
