@@ -20,7 +20,7 @@ constexpr size_t TokenBytes(TokenType type) { return type == TokenType::kFloat32
 struct RowFormat {
   TokenType type = TokenType::kFloat32;
   Wire wire = Wire::kSame;
-  Fp8Options fp8;
+  Fp8Options fp8{};
   bool dequantize = true;  // fp8 only: rows come out as `type`; otherwise as e4m3 values and scales
   int64_t hidden = 0;      // 0: no rows travel, only weights or scalars
 

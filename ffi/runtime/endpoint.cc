@@ -394,10 +394,10 @@ void Operation::Finish() {
     CheckNotice(to);
     throw EpError(Describe() + ": a write failed, perhaps to rank " + std::to_string(to) + ": " + error.what());
   }
-  std::atomic_thread_fence(std::memory_order_acquire);
   for (int r = 0; r < max_ranks(); ++r) {
     if (!live_[r] || r == rank() || !endpoint_.peers_[r]->memory) continue;
-    if (Atomic(endpoint_.control(region(r)).begun[bank_]).load() != stamp_) {
+    // A read-modify-write, so that no read of the peer's data can sink below it.
+    if (Atomic(endpoint_.control(region(r)).begun[bank_]).fetch_add(0) != stamp_) {
       throw EpError(Describe() + ": rank " + std::to_string(r) + " went on while its data was read");
     }
   }
