@@ -66,11 +66,6 @@ PYBIND11_MODULE(_host, m) {
                     py::arg("redispatch") = Handler(JaxNixlepRedispatchCpu),
                     py::arg("combine") = Handler(JaxNixlepCombineCpu));
   });
-  m.def(
-      "set_endpoint",
-      [](int device, std::shared_ptr<Endpoint> endpoint) { Registry::Get().Set(device, std::move(endpoint)); },
-      py::arg("device"), py::arg("endpoint").none(true), "Operations of local device `device` use `endpoint` (or none).");
-
   py::register_exception<EpError>(m, "EpError", PyExc_RuntimeError);
   py::register_exception<NixlError>(m, "NixlError", PyExc_RuntimeError);
   py::class_<Endpoint, std::shared_ptr<Endpoint>>(m, "Endpoint", "A rank's end of a group; see ffi/runtime/endpoint.h.")
@@ -113,4 +108,9 @@ PYBIND11_MODULE(_host, m) {
       .def_property_readonly("num_operations", &Endpoint::num_operations)
       .def_property_readonly("dropped_rows", [](const Endpoint& e) { return e.dropped_rows.load(); })
       .def_property_readonly("invalid_ids", [](const Endpoint& e) { return e.invalid_ids.load(); });
+  m.def(
+      "set_endpoint",
+      [](int device, std::shared_ptr<Endpoint> endpoint) { Registry::Get().Set(device, std::move(endpoint)); },
+      py::arg("device"), py::arg("endpoint").none(true),
+      "Operations of local device `device` use `endpoint` (or none).");
 }

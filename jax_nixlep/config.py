@@ -9,10 +9,11 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from jax_nixlep._ffi import QUANT_BLOCK as QUANT_BLOCK
+
 Wire = Literal["same", "bf16", "fp8_e4m3"]
 ScaleFormat = Literal["float32", "ue8m0"]
 
-QUANT_BLOCK = 128  # values that share one fp8 scale
 ROW_ALIGN_BYTES = 16  # a token must be whole 16-byte vectors
 
 

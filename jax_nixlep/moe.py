@@ -123,13 +123,13 @@ def nixlep_moe(
     tokens = token_axes or tuple(name for name in mesh.axis_names if name != tensor_axis)
     spread = P(tokens)
     everywhere = tuple(mesh.axis_names)
-    aux_specs: Any = MoeAux(*[P()] * 5, order=P(everywhere))  # type: ignore[arg-type]
+    aux_specs: Any = (*[P()] * 5, P(everywhere))
     after_spec = P(everywhere) if after is not None and after.shape == (mesh.size,) else spread
     mapped = jax.shard_map(
         functools.partial(layer, token_axes=tokens),
         mesh=mesh,
         in_specs=(spread, spread, _param_specs(params, names, tensor_axis), P(), after_spec),
-        out_specs=(spread, aux_specs),
+        out_specs=(spread, MoeAux(*aux_specs)),
     )
     return mapped(x, mask, dict(params), placement, after)
 

@@ -157,13 +157,12 @@ class Rendezvous:
 
     def _until_none_missing(self, missing: Callable[[Seat], list[int]], what: str) -> None:
         while True:
-            absent = {seat.team: missing(seat) for seat in self._seats}
+            absent = {seat: missing(seat) for seat in self._seats}
             if not any(absent.values()):
                 return
             if time.monotonic() > self._deadline:
-                names = "; ".join(
-                    f"ranks {ranks}{f' of group {team}' if team else ''}" for team, ranks in absent.items() if ranks
-                )
+                teams = {seat.team: ranks for seat, ranks in absent.items() if ranks}
+                names = "; ".join(f"ranks {ranks}{team and f' of group {team}'}" for team, ranks in teams.items())
                 raise TimeoutError(
                     f"initialize: {names} did not {what} within {self._timeout_s:g} s; "
                     "check that they run and use the same store, or raise init_timeout_s"

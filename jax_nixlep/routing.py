@@ -6,6 +6,10 @@ from typing import NamedTuple
 
 import jax
 
+from jax_nixlep._ffi import PEER_ABSENT as PEER_ABSENT
+from jax_nixlep._ffi import PEER_OK as PEER_OK
+from jax_nixlep._ffi import PEER_TIMED_OUT as PEER_TIMED_OUT
+
 
 class Handle(NamedTuple):
     """How rows and tokens belong together; made by `dispatch`, used by `combine`. Treat as opaque.
@@ -58,6 +62,3 @@ class Received(NamedTuple):
     demand: jax.Array
     handle: Handle
     status: Status
-
-
-PEER_OK, PEER_ABSENT, PEER_TIMED_OUT = 0, 1, 2

@@ -139,47 +139,47 @@ namespace ffi = xla::ffi;
 using jax_nixlep::Any, jax_nixlep::F32, jax_nixlep::I32, jax_nixlep::OpAttributes;
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNixlepDispatchCpu, jax_nixlep::DispatchHandler,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Attrs<OpAttributes>()
-                           .Arg<Any>()   // x [t, H]
-                           .Arg<I32>()   // expert_ids [t, K]
-                           .Arg<F32>()   // weights [t, K], or [0]: ones
-                           .Arg<Any>()   // after
-                           .Ret<Any>()   // tokens [C, H]
-                           .Ret<Any>()   // scales [C, H / 128], or [C, 0]
-                           .Ret<F32>()   // row_weights [C]
-                           .Ret<I32>()   // group_sizes [E]
-                           .Ret<I32>()   // demand [E]
-                           .Ret<I32>()   // clean ids [t, K]
-                           .Ret<I32>()   // row_of [R, T, K]
-                           .Ret<I32>()   // peers [R]
-                           .Ret<I32>()   // dropped []
-                           .Ret<I32>()   // invalid_ids []
-                           .Ret<F32>()); // order []: always 0; a later operation that takes it runs later
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Attrs<OpAttributes>()
+                                  .Arg<Any>()    // x [t, H]
+                                  .Arg<I32>()    // expert_ids [t, K]
+                                  .Arg<F32>()    // weights [t, K], or [0]: ones
+                                  .Arg<Any>()    // after
+                                  .Ret<Any>()    // tokens [C, H]
+                                  .Ret<Any>()    // scales [C, H / 128], or [C, 0]
+                                  .Ret<F32>()    // row_weights [C]
+                                  .Ret<I32>()    // group_sizes [E]
+                                  .Ret<I32>()    // demand [E]
+                                  .Ret<I32>()    // clean ids [t, K]
+                                  .Ret<I32>()    // row_of [R, T, K]
+                                  .Ret<I32>()    // peers [R]
+                                  .Ret<I32>()    // dropped []
+                                  .Ret<I32>()    // invalid_ids []
+                                  .Ret<F32>());  // order []: always 0; a later operation that takes it runs later
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNixlepRedispatchCpu, jax_nixlep::RedispatchHandler,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Attrs<OpAttributes>()
-                           .Arg<Any>()   // x [t, H], H may be 0
-                           .Arg<F32>()   // weights [t, K], or [0]
-                           .Arg<I32>()   // expert_ids [t, K]
-                           .Arg<I32>()   // row_of [R, T, K]
-                           .Arg<Any>()   // after
-                           .Ret<Any>()   // tokens [C, H]
-                           .Ret<F32>()   // row_weights [C], or [0]
-                           .Ret<F32>()); // order []
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Attrs<OpAttributes>()
+                                  .Arg<Any>()    // x [t, H], H may be 0
+                                  .Arg<F32>()    // weights [t, K], or [0]
+                                  .Arg<I32>()    // expert_ids [t, K]
+                                  .Arg<I32>()    // row_of [R, T, K]
+                                  .Arg<Any>()    // after
+                                  .Ret<Any>()    // tokens [C, H]
+                                  .Ret<F32>()    // row_weights [C], or [0]
+                                  .Ret<F32>());  // order []
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNixlepCombineCpu, jax_nixlep::CombineHandler,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::DeviceOrdinal>()
-                           .Attrs<OpAttributes>()
-                           .Arg<Any>()   // expert_out [C, H], H may be 0
-                           .Arg<F32>()   // row_weights [C]
-                           .Arg<F32>()   // row_scalars [C], or [0]
-                           .Arg<I32>()   // row_of [R, T, K]
-                           .Arg<Any>()   // after
-                           .Ret<Any>()   // y [t, H]
-                           .Ret<F32>()   // scalars [t, K], or [0]
-                           .Ret<F32>()); // order []
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::DeviceOrdinal>()
+                                  .Attrs<OpAttributes>()
+                                  .Arg<Any>()    // expert_out [C, H], H may be 0
+                                  .Arg<F32>()    // row_weights [C]
+                                  .Arg<F32>()    // row_scalars [C], or [0]
+                                  .Arg<I32>()    // row_of [R, T, K]
+                                  .Arg<Any>()    // after
+                                  .Ret<Any>()    // y [t, H]
+                                  .Ret<F32>()    // scalars [t, K], or [0]
+                                  .Ret<F32>());  // order []

@@ -6,10 +6,10 @@
 
 #include "runtime/layout.h"
 
-// One binary for every x86-64: the loops are compiled twice and the better version is chosen when the library is
-// loaded. Sanitizers cannot run that early.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(JAX_NIXLEP_SANITIZE)
-#define JN_CLONES __attribute__((target_clones("arch=haswell", "default")))
+// One binary for every x86-64: the loops are compiled for its levels and the best version is chosen when the library is
+// loaded. (Names of processors, as arch=haswell, would match only those processors.) Sanitizers cannot run that early.
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && !defined(JAX_NIXLEP_SANITIZE)
+#define JN_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define JN_CLONES
 #endif
@@ -21,23 +21,32 @@ namespace {
 constexpr float kFp8Max = 448.0f;
 constexpr float kAmaxFloor = 1e-4f;
 
-// All rows at once for a few values at a time: the sums stay in registers or the nearest cache.
+// All rows at once for as many values as fit registers; num_rows > 0.
 constexpr size_t kSumBlock = 64;
 template <typename From, typename To>
 JN_INLINE void SumBlock(To* out, const std::byte* const* rows, const float* weights, int num_rows, size_t begin,
                         size_t n) {
-  float sum[kSumBlock] = {};
-  for (int r = 0; r < num_rows; ++r) {
-    const From* x = reinterpret_cast<const From*>(rows[r]) + begin;
-    const float weight = weights[r];
-    for (size_t i = 0; i < n; ++i) sum[i] += weight * ToFloat(x[i]);
+  float sum[kSumBlock];
+  const auto product = [&](int r, size_t i) {
+    return weights[r] * ToFloat(reinterpret_cast<const From*>(rows[r])[begin + i]);
+  };
+  for (size_t i = 0; i < n; ++i) sum[i] = 0.0f + product(0, i);  // not -0
+#pragma GCC unroll 1  // or the loops change places, and the inner one is no longer vectorised
+  for (int r = 1; r < num_rows; ++r) {
+    for (size_t i = 0; i < n; ++i) sum[i] += product(r, i);
   }
   for (size_t i = 0; i < n; ++i) out[begin + i] = FromFloat<To>(sum[i]);
 }
 template <typename From, typename To>
 JN_INLINE void WeightedSumLoop(To* out, const std::byte* const* rows, const float* weights, int num_rows, size_t n) {
+  if (num_rows == 0) {
+    std::fill_n(out, n, FromFloat<To>(0));
+    return;
+  }
   size_t begin = 0;
-  for (; begin + kSumBlock <= n; begin += kSumBlock) SumBlock<From>(out, rows, weights, num_rows, begin, kSumBlock);
+  for (; begin + kSumBlock <= n; begin += kSumBlock) {
+    SumBlock<From>(out, rows, weights, num_rows, begin, kSumBlock);
+  }
   SumBlock<From>(out, rows, weights, num_rows, begin, n - begin);
 }
 template <typename From, typename To>
@@ -116,31 +125,31 @@ JN_INLINE void DequantizeLoop(T* out, const uint8_t* values, const std::byte* sc
 
 }  // namespace
 
-#define JN_DEFINE(T)                                                                                       \
-  template <>                                                                                              \
-  JN_CLONES void Quantize(uint8_t* values, std::byte* scales, const T* x, size_t n, Fp8Options options) {  \
-    QuantizeLoop(values, scales, x, n, options);                                                           \
-  }                                                                                                        \
-  template <>                                                                                              \
+#define JN_DEFINE(T)                                                                                                \
+  template <>                                                                                                       \
+  JN_CLONES void Quantize(uint8_t* values, std::byte* scales, const T* x, size_t n, Fp8Options options) {           \
+    QuantizeLoop(values, scales, x, n, options);                                                                    \
+  }                                                                                                                 \
+  template <>                                                                                                       \
   JN_CLONES void Dequantize(T* out, const uint8_t* values, const std::byte* scales, size_t n, Fp8Options options) { \
-    DequantizeLoop(out, values, scales, n, options);                                                       \
+    DequantizeLoop(out, values, scales, n, options);                                                                \
   }
 JN_DEFINE(float)
 JN_DEFINE(bfloat16)
 JN_DEFINE(float16)
 #undef JN_DEFINE
 
-#define JN_SUM(From, To)                                                                                       \
-  template <>                                                                                                  \
-  JN_CLONES void WeightedSum<From, To>(To* out, const std::byte* const* rows, const float* weights,            \
-                                       int num_rows, size_t n) {                                               \
-    WeightedSumLoop<From>(out, rows, weights, num_rows, n);                                                    \
+#define JN_SUM(From, To)                                                                                           \
+  template <>                                                                                                      \
+  JN_CLONES void WeightedSum<From, To>(To * out, const std::byte* const* rows, const float* weights, int num_rows, \
+                                       size_t n) {                                                                 \
+    WeightedSumLoop<From>(out, rows, weights, num_rows, n);                                                        \
   }
-#define JN_CONVERT(From, To)                                   \
-  JN_SUM(From, To)                                             \
-  template <>                                                  \
-  JN_CLONES void Convert(To* out, const From* x, size_t n) {   \
-    ConvertLoop(out, x, n);                                    \
+#define JN_CONVERT(From, To)                                 \
+  JN_SUM(From, To)                                           \
+  template <>                                                \
+  JN_CLONES void Convert(To* out, const From* x, size_t n) { \
+    ConvertLoop(out, x, n);                                  \
   }
 JN_SUM(float, float)
 JN_SUM(bfloat16, bfloat16)

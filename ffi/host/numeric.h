@@ -39,8 +39,9 @@ struct Fp8Options {
   bool round_scale = false;
 };
 
-// For float, bfloat16, float16, of which the two types of a conversion must be equal or one be bfloat16. `n` counts values.
-// out = 0 + weights[0] * rows[0] + weights[1] * rows[1] ..., in float32 and in this order, each product rounded first.
+// For float, bfloat16, float16, of which the two types of a conversion must be equal or one be bfloat16. `n` counts
+// values. out = 0 + weights[0] * rows[0] + weights[1] * rows[1] ..., in float32 and in this order, each product rounded
+// first.
 template <typename From, typename To>
 void WeightedSum(To* out, const std::byte* const* rows, const float* weights, int num_rows, size_t n);
 template <typename From, typename To>

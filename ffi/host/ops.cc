@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <span>
 #include <vector>
 
 namespace jax_nixlep {
@@ -49,15 +50,18 @@ void DecodeRow(const RowFormat& format, std::byte* row, std::byte* scales, const
     return;
   }
   if constexpr (!std::is_same_v<T, bfloat16>) {
-    if (format.wire == Wire::kBf16) return Convert(reinterpret_cast<T*>(row), reinterpret_cast<const bfloat16*>(wire), n);
+    if (format.wire == Wire::kBf16) {
+      return Convert(reinterpret_cast<T*>(row), reinterpret_cast<const bfloat16*>(wire), n);
+    }
   }
   std::memcpy(row, wire, n * sizeof(T));
 }
 
 // What both sides must agree on before they touch each other's bytes.
 uint32_t Digest(const RowFormat& format, bool second_table) {
-  uint32_t words[] = {uint32_t(format.type), uint32_t(format.wire), uint32_t(format.fp8.format),
-                      uint32_t(format.fp8.round_scale), uint32_t(format.hidden), uint32_t(second_table)};
+  uint32_t words[] = {uint32_t(format.type),       uint32_t(format.wire),
+                      uint32_t(format.fp8.format), uint32_t(format.fp8.round_scale),
+                      uint32_t(format.hidden),     uint32_t(second_table)};
   uint32_t hash = 2166136261u;  // FNV-1a
   for (uint32_t word : words) hash = (hash ^ word) * 16777619u;
   return hash ^ hash >> 24;
@@ -122,18 +126,37 @@ std::vector<int32_t> FairLimits(const std::vector<int32_t>& demand, int64_t capa
   return limits;
 }
 
-// Zeroes private memory, as XLA's buffers are. Whole pages of a large piece go back to the kernel, which hands out zeros
-// when they are touched: padding is most of a worst-case buffer and seldom read, and writing it would cost as much as
-// the rest of a dispatch.
-void Zero(std::byte* data, size_t num_bytes) {
+constexpr size_t kLarge = 1 << 18;
+
+// The whole pages of a large piece of memory; empty if it is not worth a system call.
+std::span<std::byte> WholePages(std::byte* data, size_t num_bytes) {
   static const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE));
-  constexpr size_t kLarge = 1 << 18;
-  std::byte* const end = data + num_bytes;
-  auto* first = reinterpret_cast<std::byte*>((reinterpret_cast<uintptr_t>(data) + page - 1) / page * page);
-  auto* last = reinterpret_cast<std::byte*>(reinterpret_cast<uintptr_t>(end) / page * page);
-  if (num_bytes < kLarge || madvise(first, size_t(last - first), MADV_DONTNEED) != 0) first = last = end;
-  std::memset(data, 0, size_t(first - data));
-  std::memset(last, 0, size_t(end - last));
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + num_bytes) / page * page;
+  if (num_bytes < kLarge || first >= last) return {};
+  return {reinterpret_cast<std::byte*>(first), size_t(last - first)};
+}
+
+// Zeroes private memory, as XLA's buffers are. Pages that are given back to the kernel are zero when they are next
+// touched: a worst-case buffer is mostly padding, and writing that would cost more than all else in a dispatch.
+void Zero(std::byte* data, size_t num_bytes) {
+  const std::span<std::byte> pages = WholePages(data, num_bytes);
+  if (pages.empty() || madvise(pages.data(), pages.size(), MADV_DONTNEED) != 0) {
+    std::memset(data, 0, num_bytes);
+    return;
+  }
+  std::byte* const rest = pages.data() + pages.size();
+  std::memset(data, 0, size_t(pages.data() - data));
+  std::memset(rest, 0, size_t(data + num_bytes - rest));
+}
+
+// Memory that is about to be written gets its pages in one call instead of one fault each; without the call it still
+// does.
+void Populate([[maybe_unused]] std::byte* data, [[maybe_unused]] size_t num_bytes) {
+#ifdef MADV_POPULATE_WRITE
+  const std::span<std::byte> pages = WholePages(data, num_bytes);
+  if (!pages.empty()) madvise(pages.data(), pages.size(), MADV_POPULATE_WRITE);
+#endif
 }
 
 void CheckHandle(const int32_t* row_of, size_t count, int64_t num_rows, const char* op) {
@@ -191,6 +214,7 @@ void Dispatch(Endpoint& endpoint, const DispatchArgs& a) {
   endpoint.dropped_rows += uint64_t(*a.dropped);
 
   // Pass 2: give out the rows and copy the tokens, one read each.
+  Populate(a.rows, size_t(used) * format.row_bytes());
   std::fill_n(a.row_weights, a.num_rows, 0.0f);
   WithTokenType(format.type, [&](auto type) {
     for (int r = 0; r < R; ++r) {
@@ -254,9 +278,11 @@ void Redispatch(Endpoint& endpoint, const RedispatchArgs& a) {
     }
   });
   op.Finish();
-  for (int64_t row = 0; row < a.num_rows && format.hidden; ++row) {
+  const int64_t used = std::find(filled.rbegin(), filled.rend(), 1).base() - filled.begin();
+  for (int64_t row = 0; row < used; ++row) {
     if (!filled[row]) std::memset(a.rows + size_t(row) * format.row_bytes(), 0, format.row_bytes());
   }
+  Zero(a.rows + size_t(used) * format.row_bytes(), size_t(a.num_rows - used) * format.row_bytes());
 }
 
 void Combine(Endpoint& endpoint, const CombineArgs& a) {

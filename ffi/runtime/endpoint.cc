@@ -175,13 +175,17 @@ PeerHealth Endpoint::Health(int rank) const {
           .timeouts = peer.timeouts,
           .member = peer.member,
           .masked = peer.masked,
-          .path = rank == this->rank() ? "self" : peer.memory ? "shared memory" : peer.agent.empty() ? "none" : "nixl"};
+          .path = rank == this->rank() ? "self"
+                  : peer.memory        ? "shared memory"
+                  : peer.agent.empty() ? "none"
+                                       : "nixl"};
 }
 
 Operation::Operation(Endpoint& endpoint, OpTag tag, int num_tokens, bool broadcast)
     : endpoint_(endpoint), busy_(endpoint.busy_), tag_(tag.Pack()), broadcast_(broadcast) {
   const std::string name = OpTag::Name(tag_);
-  if (endpoint_.closing_ || !endpoint_.active_) throw EpError(name + ": the group was shut down; call initialize first");
+  if (endpoint_.closing_ || !endpoint_.active_)
+    throw EpError(name + ": the group was shut down; call initialize first");
   if (!endpoint_.failure_.empty()) {
     throw EpError(name + ": the group failed earlier: " + endpoint_.failure_ + "; shut down and initialize again");
   }
@@ -312,7 +316,8 @@ bool Operation::Arrived(int from) {
                     " at the same place; every member must run the same operations in the same order: run the same "
                     "program, and pass after= between operations that do not depend on each other");
     }
-    if (tokens > uint64_t(endpoint_.capacity().max_tokens)) throw EpError(Describe() + ": " + who + " sent a bad count");
+    if (tokens > uint64_t(endpoint_.capacity().max_tokens))
+      throw EpError(Describe() + ": " + who + " sent a bad count");
     num_tokens_[from] = int(tokens);
     return true;
   }

@@ -121,9 +121,9 @@ class Endpoint {
   std::atomic<bool> closing_{false};
   std::atomic<uint16_t> epoch_{0};
   std::atomic<uint64_t> num_operations_{0};
-  uint64_t sequence_ = 0;     // operations of this epoch; under busy_
-  bool active_ = false;       // under busy_
-  std::string failure_;       // why no further operation can run; under busy_
+  uint64_t sequence_ = 0;  // operations of this epoch; under busy_
+  bool active_ = false;    // under busy_
+  std::string failure_;    // why no further operation can run; under busy_
 };
 
 // One dispatch or combine of this rank, from its first write to its last read. Every member runs the same operations

@@ -67,10 +67,10 @@ struct Layout {
   Capacity capacity;
 
   struct Control {
-    uint64_t nonce;               // proves that a mapping is the region its owner described
-    uint32_t doorbell;            // futex word: changes after each signal or notice
-    uint32_t sleepers;            // threads of the owner that wait on the doorbell
-    uint64_t begun[kBanks];       // stamp of the operation whose outbox is being filled or is complete
+    uint64_t nonce;          // proves that a mapping is the region its owner described
+    uint32_t doorbell;       // futex word: changes after each signal or notice
+    uint32_t sleepers;       // threads of the owner that wait on the doorbell
+    uint64_t begun[kBanks];  // stamp of the operation whose outbox is being filled or is complete
   };
 
   size_t message_bytes() const {

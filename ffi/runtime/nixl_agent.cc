@@ -30,7 +30,8 @@ struct AgentConfig {
 constexpr uint64_t kProgressDelayUs = 1000;
 
 void Check(int status, const char* what) {
-  if (status != kSuccess) throw NixlError(std::string("nixl: ") + what + " failed with status " + std::to_string(status));
+  if (status != kSuccess)
+    throw NixlError(std::string("nixl: ") + what + " failed with status " + std::to_string(status));
 }
 
 }  // namespace

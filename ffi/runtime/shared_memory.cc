@@ -20,7 +20,7 @@ constexpr int kSeals = F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL;  // nobody can
 }
 
 struct flock WholeFile(short type) {
-  struct flock lock {};
+  struct flock lock{};
   lock.l_type = type;
   lock.l_whence = SEEK_SET;
   return lock;
@@ -40,6 +40,7 @@ SharedMemory::SharedMemory(int fd, size_t num_bytes) : fd_(fd), num_bytes_(num_b
 }
 
 SharedMemory& SharedMemory::operator=(SharedMemory&& other) noexcept {
+  std::swap(created_, other.created_);
   std::swap(fd_, other.fd_);
   std::swap(data_, other.data_);
   std::swap(num_bytes_, other.num_bytes_);
@@ -61,14 +62,16 @@ SharedMemory SharedMemory::Create(size_t num_bytes) {
     errno = error;
     ThrowErrno("cannot size, seal or lock a region of " + std::to_string(num_bytes) + " bytes");
   }
-  return SharedMemory(fd, num_bytes);
+  SharedMemory memory(fd, num_bytes);
+  memory.created_ = true;
+  return memory;
 }
 
 SharedMemory SharedMemory::Open(int pid, int fd, size_t num_bytes) {
   std::string path = "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(fd);
   int opened = open(path.c_str(), O_RDWR | O_CLOEXEC);
   if (opened < 0) ThrowErrno("cannot open " + path);
-  struct stat info {};
+  struct stat info{};
   int seals = fcntl(opened, F_GET_SEALS);
   bool as_described = fstat(opened, &info) == 0 && size_t(info.st_size) == num_bytes;
   if (!as_described || seals < 0 || (seals & kSeals) != kSeals) {
@@ -81,7 +84,7 @@ SharedMemory SharedMemory::Open(int pid, int fd, size_t num_bytes) {
 
 bool SharedMemory::OwnerAlive() const {
   struct flock lock = WholeFile(F_WRLCK);
-  return fcntl(fd_, F_OFD_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
+  return created_ || fcntl(fd_, F_OFD_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
 }
 
 }  // namespace jax_nixlep

@@ -22,12 +22,13 @@ class SharedMemory {
   std::byte* data() const { return data_; }
   size_t size() const { return num_bytes_; }
   int fd() const { return fd_; }
-  // The creator holds a lock on the file as long as it lives; the kernel drops it with the process.
+  // The creating process holds a lock on the file as long as it lives; the kernel drops it with the process.
   bool OwnerAlive() const;
 
  private:
   SharedMemory(int fd, size_t num_bytes);  // takes over fd and maps it
 
+  bool created_ = false;  // by this object, whose own lock would not show
   int fd_ = -1;
   std::byte* data_ = nullptr;
   size_t num_bytes_ = 0;

@@ -1,5 +1,5 @@
-// Ranks as threads of one process, for the sanitizers: many operations with random routing, checked value by value, then
-// a rank that leaves, a rank that is late, and ranks that disagree. Exits with 1 and says what was wrong.
+// Ranks as threads of one process, for the sanitizers: many operations with random routing, checked value by value,
+// then a rank that leaves, a rank that is late, and ranks that disagree. Exits with 1 and says what was wrong.
 #include <unistd.h>
 
 #include <cstdio>
@@ -185,7 +185,8 @@ void ClosedWhileWaiting() {
   std::thread waiter([&] {
     Rank rank;
     std::string error = ErrorOf([&] { rank.Dispatch(*group[0], Wire::kSame, 1); });
-    Require(error.find("shut down while waiting") != std::string::npos || error.find("shut down; call") != std::string::npos,
+    Require(error.find("shut down while waiting") != std::string::npos ||
+                error.find("shut down; call") != std::string::npos,
             "closing was reported as: " + error);
   });
   usleep(100'000);
