@@ -1,5 +1,7 @@
 """One process of `test_moe.test_distributed_mesh`."""
 
+import os
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
@@ -10,6 +12,8 @@ import jax_nixlep as nx
 from jax_nixlep.launch import rank_env
 
 env = rank_env()
+for name in [name for name in os.environ if name.startswith("JAX_NIXLEP_")]:
+    del os.environ[name]  # the group finds its store through jax.distributed, as in a job that another launcher started
 jax.distributed.initialize(env.coordinator, env.num_ranks, env.rank)
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("dp", "ep"))
 config = make_config(2)

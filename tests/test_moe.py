@@ -132,13 +132,15 @@ def mesh_job(shape, names, **options):
         return jax.tree.map(np.asarray, jax.block_until_ready(program(x, params)))
 
     plain, native, chunked = run("xla"), run("native"), run("native", chunk_tokens=5)
-    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
+    # Where partial sums travel as bfloat16, another order of additions can round to a neighbour.
+    tolerance = {"rtol": 2e-5, "atol": 2e-6} if config.wire == "same" else {"rtol": 1e-2, "atol": 4e-3}
+    close = functools.partial(np.testing.assert_allclose, **tolerance)
     for other in (native, chunked):
         jax.tree.map(close, other[0], plain[0])
         jax.tree.map(close, other[1], plain[1])
     np.testing.assert_array_equal(native[0][1][0], plain[0][1][0])  # the same bits
     want, routing = jax.jit(dense)(x.reshape(-1, HIDDEN), params, mask.reshape(-1))
-    close(native[0][1][0].reshape(-1, HIDDEN), want, atol=1e-5)
+    close(native[0][1][0].reshape(-1, HIDDEN), want, atol=5 * tolerance["atol"])
     aux = native[0][1][1]
     np.testing.assert_array_equal(aux.load, routing.load)
     close(aux.loss, routing.aux_loss)
