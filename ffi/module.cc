@@ -87,12 +87,12 @@ PYBIND11_MODULE(_host, m) {
           py::arg("library"), py::arg("name"))
       .def(
           "connect_nixl",
-          [](Endpoint& endpoint, int peer, const py::bytes& metadata, uint64_t remote_base) {
+          [](Endpoint& endpoint, int peer, const py::bytes& metadata, uint64_t remote_base, uint64_t nonce) {
             std::string blob = metadata;
             py::gil_scoped_release unlocked;
-            endpoint.ConnectNixl(peer, blob, remote_base);
+            endpoint.ConnectNixl(peer, blob, remote_base, nonce);
           },
-          py::arg("peer"), py::arg("metadata"), py::arg("remote_base"))
+          py::arg("peer"), py::arg("metadata"), py::arg("remote_base"), py::arg("nonce"))
       .def("drop_peer", &Endpoint::DropPeer, py::arg("peer"), Unlocked())
       .def(
           "activate",

@@ -135,8 +135,9 @@ class Rendezvous:
         agents = self._exchange("nixl", metadata)
         for seat in self._seats:
             for peer in far[seat]:
-                base = int(self._hellos[seat][peer]["address"]["base"])
-                seat.endpoint.connect_nixl(peer, base64.b64decode(agents[seat][peer]), base)
+                address = self._hellos[seat][peer]["address"]
+                blob = base64.b64decode(agents[seat][peer])
+                seat.endpoint.connect_nixl(peer, blob, int(address["base"]), int(address["nonce"]))
 
     # --- Store access ---
 

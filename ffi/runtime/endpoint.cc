@@ -24,6 +24,8 @@ constexpr microseconds kNapShared{100'000};
 // Writes through NIXL ring nothing: look for them this often.
 constexpr microseconds kNapNixl{50};
 constexpr int kMaxPiecesPerTransfer = 512;
+// How long to keep memory that a peer may still write to through NIXL, so that it can say goodbye too.
+constexpr std::chrono::milliseconds kLinger{200};
 
 template <typename T>
 std::atomic_ref<T> Atomic(T& word) {
@@ -74,6 +76,7 @@ bool Endpoint::AttachPeer(int peer, std::shared_ptr<SharedMemory> memory, uint64
   if (memory->size() != layout_.num_bytes() || control(memory->data()).nonce != nonce) return false;
   std::lock_guard lock(busy_);
   peers_.at(peer)->memory = std::move(memory);
+  peers_.at(peer)->nonce = nonce;
   return true;
 }
 
@@ -87,11 +90,12 @@ std::string Endpoint::OpenNixl(const std::string& library, const std::string& na
   return nixl_->Metadata();
 }
 
-void Endpoint::ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base) {
+void Endpoint::ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base, uint64_t nonce) {
   std::lock_guard lock(busy_);
   Peer& p = *peers_.at(peer);
   p.agent = nixl_->Connect(metadata);
   p.remote_base = remote_base;
+  p.nonce = nonce;
   p.memory.reset();
 }
 
@@ -135,18 +139,19 @@ void Endpoint::SleepUntilRung(uint32_t seen, microseconds at_most) {
 }
 
 void Endpoint::NotifyPeers(Notice notice) {
-  auto& own = *reinterpret_cast<uint32_t*>(base() + layout_.notice(rank()));
-  Atomic(own).store(uint32_t(notice));
+  const uint64_t word = nonce() + uint64_t(notice);
+  const size_t offset = layout_.notice(rank());
+  Atomic(*reinterpret_cast<uint64_t*>(base() + offset)).store(word);
   for (int r = 0; r < capacity().max_ranks; ++r) {
     Peer& peer = *peers_[r];
-    if (r == rank() || !peer.member) continue;
+    if (r == rank() || !peer.member || NoticeOf(r)) continue;  // who has left may have given its memory back
     if (peer.memory) {
       std::byte* region = peer.memory->data();
-      Atomic(*reinterpret_cast<uint32_t*>(region + layout_.notice(rank()))).store(uint32_t(notice));
+      Atomic(*reinterpret_cast<uint64_t*>(region + offset)).store(word);
       Ring(region);
     } else if (nixl_) {
       try {  // best effort: a peer that cannot be told finds out by its own bounded wait
-        NixlAgent::Piece piece{base() + layout_.notice(rank()), peer.remote_base + layout_.notice(rank()), 4};
+        NixlAgent::Piece piece{base() + offset, peer.remote_base + offset, sizeof(word)};
         NixlAgent::Transfer transfer(*nixl_, peer.agent, {&piece, 1});
         for (auto end = Clock::now() + std::chrono::milliseconds(200); !transfer.Done() && Clock::now() < end;) {
           usleep(kNapNixl.count());
@@ -157,11 +162,24 @@ void Endpoint::NotifyPeers(Notice notice) {
   }
 }
 
+std::optional<Notice> Endpoint::NoticeOf(int peer) const {
+  auto& word = *reinterpret_cast<uint64_t*>(base() + layout_.notice(peer));
+  const uint64_t notice = Atomic(word).load() - peers_[peer]->nonce;
+  if (notice != uint64_t(Notice::kLeft) && notice != uint64_t(Notice::kFailed)) return std::nullopt;
+  return Notice(notice);
+}
+
 void Endpoint::Close() {
   if (closing_.exchange(true)) return;
   Ring(base());
   std::lock_guard lock(busy_);  // an operation that waits gives up now
   if (failure_.empty()) NotifyPeers(Notice::kLeft);
+  const auto may_write = [&](int r) { return peers_[r]->member && !peers_[r]->agent.empty() && !NoticeOf(r); };
+  for (const auto end = Clock::now() + kLinger; Clock::now() < end; usleep(kNapNixl.count())) {
+    bool any = false;
+    for (int r = 0; r < capacity().max_ranks; ++r) any |= may_write(r);
+    if (!any) break;
+  }
   active_ = false;
   nixl_.reset();
   for (auto& peer : peers_) peer->memory.reset(), peer->agent.clear(), peer->member = false;
@@ -204,7 +222,8 @@ Operation::Operation(Endpoint& endpoint, OpTag tag, int num_tokens, bool broadca
   // A reader that was left behind sees by this word that its source went on (Finish).
   Atomic(endpoint_.control(endpoint_.base()).begun[bank_]).store(stamp_);
   Signal& own = endpoint_.signal(endpoint_.base(), bank_, rank());
-  own = {stamp_, tag_, uint64_t(num_tokens), Signal::Check(stamp_, tag_, uint64_t(num_tokens))};
+  const uint64_t count = uint64_t(num_tokens);
+  own = {stamp_, tag_, count, Signal::Check(endpoint_.nonce(), stamp_, tag_, count)};
 }
 
 Operation::~Operation() {
@@ -249,6 +268,7 @@ void Operation::Publish(int to, size_t first_bytes, size_t second_bytes, size_t 
     endpoint_.Ring(peer.memory->data());
     return;
   }
+  CheckNotice(to);  // before anything is written to memory that may no longer be there
   Message message = outgoing(to);
   uint64_t remote = peer.remote_base + endpoint_.layout_.inbox(bank_, rank());
   std::vector<NixlAgent::Piece> pieces;
@@ -305,10 +325,11 @@ bool Operation::Arrived(int from) {
   Signal& theirs = endpoint_.signal(endpoint_.base(), bank_, from);
   const uint64_t stamp = Atomic(theirs.stamp).load(std::memory_order_acquire);
   const std::string who = "rank " + std::to_string(from);
-  if (stamp == stamp_) {
-    const uint64_t tag = Atomic(theirs.tag).load(std::memory_order_relaxed);
-    const uint64_t tokens = Atomic(theirs.num_tokens).load(std::memory_order_relaxed);
-    if (Atomic(theirs.check).load(std::memory_order_relaxed) != Signal::Check(stamp, tag, tokens)) return false;
+  const uint64_t tag = Atomic(theirs.tag).load(std::memory_order_relaxed);
+  const uint64_t tokens = Atomic(theirs.num_tokens).load(std::memory_order_relaxed);
+  const uint64_t check = Atomic(theirs.check).load(std::memory_order_relaxed);
+  const bool whole = check == Signal::Check(endpoint_.peers_[from]->nonce, stamp, tag, tokens);
+  if (whole && stamp == stamp_) {
     if (tag != tag_) {
       std::string theirs_name = OpTag::Name(tag);
       if (theirs_name == OpTag::Name(tag_)) theirs_name += " of another shape, dtype or wire";
@@ -321,7 +342,7 @@ bool Operation::Arrived(int from) {
     num_tokens_[from] = int(tokens);
     return true;
   }
-  if (stamp > stamp_ && (stamp >> 48) == (stamp_ >> 48)) {
+  if (whole && stamp > stamp_ && (stamp >> 48) == (stamp_ >> 48)) {
     throw EpError(Describe() + ": " + who + " went on without this rank, which was too late");
   }
   CheckNotice(from);
@@ -329,8 +350,7 @@ bool Operation::Arrived(int from) {
 }
 
 void Operation::CheckNotice(int from) const {
-  auto& word = *reinterpret_cast<uint32_t*>(endpoint_.base() + endpoint_.layout_.notice(from));
-  const auto notice = Notice(Atomic(word).load());
+  const std::optional<Notice> notice = endpoint_.NoticeOf(from);
   const std::string who = Describe() + ": rank " + std::to_string(from);
   if (notice == Notice::kLeft) throw EpError(who + " has left the group");
   if (notice == Notice::kFailed) throw EpError(who + " failed; see its error");

@@ -76,7 +76,7 @@ class Endpoint {
   // Creates the NIXL agent and registers the region, once; returns the metadata peers need.
   std::string OpenNixl(const std::string& library, const std::string& name);
   // Reaches `peer` with one-sided writes into its region at `remote_base`; replaces a mapping.
-  void ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base);
+  void ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base, uint64_t nonce);
   void DropPeer(int peer);
   // Starts `epoch` with `members`; operations are numbered anew. Members must be connected, or be this rank.
   void Activate(uint16_t epoch, std::span<const int> members);
@@ -98,6 +98,7 @@ class Endpoint {
     std::shared_ptr<SharedMemory> memory;  // set when the peer is reached through shared memory
     std::string agent;                     // set when it is reached through NIXL
     uint64_t remote_base = 0;
+    uint64_t nonce = 0;
     std::atomic<bool> member{false}, masked{false};
     std::atomic<uint64_t> bytes_out{0}, bytes_in{0}, wait_us{0}, timeouts{0};
   };
@@ -110,6 +111,8 @@ class Endpoint {
   void Ring(std::byte* region) const;  // wakes the owner of `region`
   void SleepUntilRung(uint32_t seen, std::chrono::microseconds at_most);
   void NotifyPeers(Notice notice);
+  // What `peer` wrote when it stopped taking part, if it did.
+  std::optional<Notice> NoticeOf(int peer) const;
 
   EndpointOptions options_;
   Layout layout_;

@@ -25,22 +25,23 @@ struct Capacity {
   bool operator==(const Capacity&) const = default;
 };
 
-// How one rank tells another that a message is complete. `check` ties the words together, so that a half-arrived
-// signal is never believed.
+// How one rank tells another that a message is complete. `check` ties the words to each other and to the sender's
+// nonce: neither a half-arrived signal nor one of an earlier group at the same address is ever believed.
 struct Signal {
   uint64_t stamp;  // epoch and operation number, see Stamp
   uint64_t tag;    // which operation; see OpTag
   uint64_t num_tokens;
   uint64_t check;
 
-  static uint64_t Check(uint64_t stamp, uint64_t tag, uint64_t num_tokens) {
-    uint64_t mixed = stamp * 0x9E3779B97F4A7C15u ^ tag * 0xC2B2AE3D27D4EB4Fu ^ num_tokens * 0x165667B19E3779F9u;
+  static uint64_t Check(uint64_t sender_nonce, uint64_t stamp, uint64_t tag, uint64_t num_tokens) {
+    uint64_t mixed =
+        sender_nonce ^ stamp * 0x9E3779B97F4A7C15u ^ tag * 0xC2B2AE3D27D4EB4Fu ^ num_tokens * 0x165667B19E3779F9u;
     return mixed ^ mixed >> 29;
   }
 };
 
-// Why a rank stopped taking part; written into each peer's region by the rank that stops.
-enum class Notice : uint32_t { kNone = 0, kLeft = 1, kFailed = 2 };
+// Why a rank stopped taking part; written, added to the sender's nonce, into each peer's region.
+enum class Notice : uint64_t { kLeft = 1, kFailed = 2 };
 
 // A message from one rank to another: a table and one row per token of the token's owner.
 //   dispatch: first = expert ids int32 [T, K], second = weights float32 [T, K], rows = tokens

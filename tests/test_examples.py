@@ -1,0 +1,91 @@
+"""The examples as a user starts them: training, its files and figures, and generation from its checkpoint."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+FIGURES = {"loss_first", "loss_last", "unigram_entropy", "tokens_per_s", "ranks", "dense_max_abs_diff"}
+
+
+def run_example(script, *options, timeout_s=150, **env):
+    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC") and not k.startswith("JAX_NIXLEP")}
+    command = [sys.executable, str(EXAMPLES / script), *map(str, options)]
+    return subprocess.run(command, env=kept | env, capture_output=True, text=True, timeout=timeout_s)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    options = ["--ranks", 2, "--steps", 4, "--batch", 4, "--length", 32]
+    done = run_example("train_lm.py", *options, "--out", out, "--json", out / "figures.json")
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_training_matches_the_dense_run(trained):
+    out, done = trained
+    figures = json.loads((out / "figures.json").read_text())
+    assert set(figures) >= FIGURES
+    assert all(math.isfinite(value) for value in figures.values())
+    assert figures["ranks"] == 2 and figures["steps"] == 4
+    assert figures["loss_last"] < figures["loss_first"]
+    assert figures["dense_max_abs_diff"] < 1e-4
+    assert 2.5 < figures["unigram_entropy"] < 4
+    assert "tokens/s" in done.stderr and "[1]" not in done.stdout, "only rank 0 reports"
+
+
+def test_training_writes_a_checkpoint_and_a_plot(trained):
+    out, _ = trained
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    with safe_open(out / "checkpoint.safetensors", "numpy") as file:
+        model = json.loads(file.metadata()["model"])
+        assert model["window"] == 32
+        shape = (model["experts"], model["hidden"], model["mlp_dim"])
+        for layer in range(model["layers"]):
+            assert file.get_tensor(f"blocks.{layer}.moe.wi_0").shape == shape
+        assert all(np.isfinite(file.get_tensor(name)).all() for name in file.keys())  # noqa: SIM118  it is no dict
+
+
+def test_every_number_of_ranks_generates_the_same_text(trained):
+    out, _ = trained
+    results, prompts = [], ["def ", "class A", "import "]
+    for ranks in (1, 2):
+        options = ["--checkpoint", out, "--ranks", ranks, "--steps", 12, "--json", out / f"{ranks}.json"]
+        done = run_example("generate.py", *options, "--prompt", *prompts, JAX_LOG_COMPILES="1")
+        assert done.returncode == 0, done.stderr
+        compiled = done.stderr.count("Finished XLA compilation of jit(advance)")
+        assert compiled == 2 * ranks, "prefill and decode, once each"
+        results.append(json.loads((out / f"{ranks}.json").read_text()))
+        assert results[-1]["ranks"] == ranks and results[-1]["tokens_per_s"] > 0
+    assert results[0]["completions"] == results[1]["completions"]
+    for prompt, completion in zip(prompts, results[0]["completions"], strict=True):
+        assert completion["prompt"] == prompt and completion["text"].startswith(prompt)
+
+
+def test_a_rank_without_a_prompt_takes_part(trained):
+    out, _ = trained
+    options = ["--checkpoint", out / "checkpoint.safetensors", "--ranks", 2, "--steps", 5, "--temperature", 0.8]
+    done = run_example("generate.py", *options, "--prompt", "while ")
+    assert done.returncode == 0, done.stderr
+    assert "while " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "words"),
+    [
+        ("train_lm.py", ["--ranks", "3"], "--ranks must divide"),
+        ("train_lm.py", ["--steps", "0"], "--steps must be at least 1"),
+        ("generate.py", ["--checkpoint", "nowhere"], "--checkpoint must exist"),
+    ],
+)
+def test_bad_options_are_refused(script, options, words):
+    done = run_example(script, *options)
+    assert done.returncode == 2 and words in done.stderr
