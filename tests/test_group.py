@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def test_combine_refuses():
 
 def test_vmap_and_undequantized_gradients_are_refused():
     x, ids = np.zeros((2, 5, 16), np.float32), np.zeros((2, 5, 3), np.int32)
-    with pytest.raises(NotImplementedError, match="dispatch: must not be"):
+    with pytest.raises(NotImplementedError, match="dispatch: must not"):
         jax.eval_shape(jax.vmap(lambda x, ids: nx.dispatch(x, ids, config=CONFIG)), x, ids)
     config = make_config(hidden=128, wire="fp8_e4m3")
 
@@ -113,7 +114,7 @@ def test_initialize_with_mesh_refuses():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
     with pytest.raises(ValueError, match=r"axis must name axes of the mesh \['x'\]; got 'ep'"):
         nx.initialize(CONFIG, mesh=mesh)
-    with pytest.raises(ValueError, match="mesh= must come without rank= and members="):
+    with pytest.raises(ValueError, match=r"mesh= must come without rank= and members="):
         nx.initialize(CONFIG, mesh=mesh, axis="x", rank=0)
 
 
@@ -126,7 +127,7 @@ def run_once(config=CONFIG):
 
 
 def test_lifecycle():
-    with pytest.raises(RuntimeError, match="a group must exist; got none; call jax_nixlep.initialize first"):
+    with pytest.raises(RuntimeError, match="a group must exist; got none"):
         nx.current_group()
     with pytest.raises(jax.errors.JaxRuntimeError, match="dispatch: device 0 must belong to a group; got none"):
         jax.block_until_ready(run_once())
@@ -142,7 +143,7 @@ def test_lifecycle():
         jax.block_until_ready(run_once(wide))
     nx.shutdown()
     nx.shutdown()
-    with pytest.raises(jax.errors.JaxRuntimeError, match="call jax_nixlep.initialize"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"call jax_nixlep\.initialize"):
         jax.block_until_ready(run_once())
 
 
@@ -203,7 +204,7 @@ def test_nixl_broken(tmp_path):
     garbage.write_text("not a library")
     with pytest.raises(nx.NixlError, match=r"cannot load .*libnixl_capi\.so"):
         endpoint.open_nixl(str(garbage), "r0")
-    with pytest.raises(nx.NixlError, match="has no nixl_capi_is_stub; install nixl >= 1.5"):
+    with pytest.raises(nx.NixlError, match=r"has no nixl_capi_is_stub; install nixl >= 1\.5"):
         endpoint.open_nixl("libc.so.6", "r0")
 
 
@@ -391,8 +392,8 @@ def rank_killed(job):
 
 def resources():
     """Resident MiB, descriptors, mappings of symmetric memory, threads of this process."""
-    maps = open("/proc/self/maps").read().count("memfd:jax_nixlep")
-    pages = int(open("/proc/self/statm").read().split()[1])
+    maps = Path("/proc/self/maps").read_text().count("memfd:jax_nixlep")
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir("/proc/self/fd")), maps, threading_count()
 
 

@@ -112,7 +112,7 @@ def test_independent_processes(pools, num_ranks, transport, biases, chunk_tokens
 
 
 def mesh_job(shape, names, **options):
-    """Runs in a process with 8 fake devices: the native layer must equal plain JAX collectives and the dense formula."""
+    """In a process with 8 fake devices: the native layer must equal plain JAX collectives and the dense formula."""
     tensor_axis = "tp" if "tp" in names else None
     mesh = jax.sharding.Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), names)
     config = make_config(mesh.shape["ep"], **options.pop("config", {}))
