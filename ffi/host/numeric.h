@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "runtime/format.h"
+
 namespace jax_nixlep {
 
 struct bfloat16 {
@@ -28,16 +30,6 @@ inline bfloat16 FromFloat<bfloat16>(float x) {
   const uint32_t quiet_nan = (u >> 16) | 0x40;
   return {uint16_t((u & 0x7FFFFFFF) > 0x7F800000 ? quiet_nan : rounded)};
 }
-
-// How rows travel.
-enum class Wire : int32_t { kSame = 0, kBf16 = 1, kFp8 = 2 };
-// What an fp8 scale is stored as.
-enum class ScaleFormat : int32_t { kFloat32 = 0, kUe8m0 = 1 };
-
-struct Fp8Options {
-  ScaleFormat format = ScaleFormat::kFloat32;
-  bool round_scale = false;
-};
 
 // For T in float, bfloat16, float16. `n` counts values.
 template <typename T>
