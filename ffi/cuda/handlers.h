@@ -1,0 +1,12 @@
+// The XLA FFI handlers of platform "CUDA".
+#pragma once
+
+#include "xla/ffi/api/ffi.h"
+
+XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepDispatchCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepRedispatchCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepCombineCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepDispatchStartCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepDispatchFinishCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepCombineStartCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepCombineFinishCuda);
