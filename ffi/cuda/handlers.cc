@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 #include <nvtx3/nvToolsExt.h>
 
+#include <map>
 #include <string>
 
 #include "attributes.h"
@@ -200,8 +201,9 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, OpAttributes attributes,
                                  .row_scalars = attributes.weighted ? row_scalars.typed_data() : nullptr,
                                  .row_of = row_of.typed_data()});
                launch.order = order->typed_data();
-               ReceiveSums(launch,
-                           {.num_tokens = int(tokens), .y = Bytes(*y), .scalars = attributes.weighted ? scalars->typed_data() : nullptr});
+               ReceiveSums(launch, {.num_tokens = int(tokens),
+                                    .y = Bytes(*y),
+                                    .scalars = attributes.weighted ? scalars->typed_data() : nullptr});
              });
 }
 
@@ -231,9 +233,29 @@ ffi::Error CombineFinish(cudaStream_t stream, int32_t device, OpAttributes attri
              });
 }
 
+// For measurements: the time at which the stream comes to a place of the program.
+cudaEvent_t& MarkEvent(int index) {
+  static std::map<int, cudaEvent_t> events;
+  cudaEvent_t& event = events[index];
+  if (!event) cudaEventCreate(&event);
+  return event;
+}
+
+ffi::Error Mark(cudaStream_t stream, int64_t index, Any /*after*/, ffi::Result<F32> order) {
+  const cudaError_t status = cudaEventRecord(MarkEvent(int(index)), stream);
+  (void)order;  // an edge only
+  return status == cudaSuccess ? ffi::Error::Success() : ffi::Error::Internal(cudaGetErrorString(status));
+}
+
 constexpr auto kTraits = ffi::Traits::kCmdBufferCompatible;
 
 }  // namespace
+
+double ElapsedUs(int from, int to) {
+  float ms = 0;
+  return cudaEventElapsedTime(&ms, MarkEvent(from), MarkEvent(to)) == cudaSuccess ? double(ms) * 1e3 : -1;
+}
+
 }  // namespace jax_nixlep::cuda
 
 namespace ffi = xla::ffi;
@@ -349,3 +371,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNixlepCombineFinishCuda, gpu::CombineFinish,
                                   .Ret<gpu::Any>()   // y [t, H]
                                   .Ret<gpu::F32>(),  // order []
                               {gpu::kTraits});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNixlepMarkCuda, gpu::Mark,
+                              ffi::Ffi::Bind()
+                                  .Ctx<gpu::Stream>()
+                                  .Attr<int64_t>("index")
+                                  .Arg<gpu::Any>()   // after
+                                  .Ret<gpu::F32>()); // order []

@@ -10,3 +10,9 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepDispatchStartCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepDispatchFinishCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepCombineStartCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepCombineFinishCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepMarkCuda);
+
+namespace jax_nixlep::cuda {
+// Microseconds between two marks that a program has passed; -1 before that.
+double ElapsedUs(int from, int to);
+}  // namespace jax_nixlep::cuda

@@ -65,8 +65,10 @@ PYBIND11_MODULE(_cuda, m) {
                     py::arg("dispatch_start") = Handler(JaxNixlepDispatchStartCuda),
                     py::arg("dispatch_finish") = Handler(JaxNixlepDispatchFinishCuda),
                     py::arg("combine_start") = Handler(JaxNixlepCombineStartCuda),
-                    py::arg("combine_finish") = Handler(JaxNixlepCombineFinishCuda));
+                    py::arg("combine_finish") = Handler(JaxNixlepCombineFinishCuda),
+                    py::arg("mark") = Handler(JaxNixlepMarkCuda));
   });
+  m.def("elapsed_us", &cuda::ElapsedUs, py::arg("start"), py::arg("end"), "Time between two marks, for measurements.");
   m.def(
       "set_endpoint",
       [](int device, std::shared_ptr<CudaEndpoint> endpoint) {
