@@ -46,60 +46,104 @@ __device__ inline uint64_t Now() {
   return ns;
 }
 
+// Neighbouring 4-byte words that move in one instruction. Values inside are taken apart by Unpack, in registers.
+template <int kWords>
+struct alignas(4 * kWords) Words {
+  uint32_t w[kWords];
+};
+
 // Rows are used once: keep them out of L1, which would only delay the loads. Never the read-only path: peers write
 // while kernels run.
-template <typename P>
-__device__ inline P LoadOnce(const std::byte* p) {
-  static_assert(sizeof(P) == 16 || sizeof(P) == 8 || sizeof(P) == 4);
-  union {
-    P value;
-    uint32_t word[sizeof(P) / 4];
-  } u;
-  if constexpr (sizeof(P) == 16) {
+template <int kWords>
+__device__ inline Words<kWords> LoadOnce(const std::byte* p) {
+  static_assert(kWords == 4 || kWords == 2 || kWords == 1);
+  Words<kWords> x;
+  if constexpr (kWords == 4) {
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(u.word[0]), "=r"(u.word[1]), "=r"(u.word[2]), "=r"(u.word[3])
+                 : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3])
                  : "l"(p));
-  } else if constexpr (sizeof(P) == 8) {
-    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(u.word[0]), "=r"(u.word[1]) : "l"(p));
+  } else if constexpr (kWords == 2) {
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(x.w[0]), "=r"(x.w[1]) : "l"(p));
   } else {
-    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(u.word[0]) : "l"(p));
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(x.w[0]) : "l"(p));
   }
-  return u.value;
+  return x;
 }
 
-template <typename P>
-__device__ inline void StoreAs(std::byte* p, const P& value) {
-  *reinterpret_cast<P*>(p) = value;
+template <int kWords>
+__device__ inline void Store(std::byte* p, const Words<kWords>& x) {
+  if constexpr (kWords == 4) {
+    *reinterpret_cast<uint4*>(p) = {x.w[0], x.w[1], x.w[2], x.w[3]};
+  } else if constexpr (kWords == 2) {
+    *reinterpret_cast<uint2*>(p) = {x.w[0], x.w[1]};
+  } else {
+    *reinterpret_cast<uint32_t*>(p) = x.w[0];
+  }
 }
 
 // --- Numbers: a granule is one 16-byte vector of tokens, or the same values on the wire. ---
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
-
-__device__ inline float ToFloat(float x) { return x; }
-__device__ inline float ToFloat(bf16 x) { return __bfloat162float(x); }
-__device__ inline float ToFloat(f16 x) { return __half2float(x); }
-template <typename T>
-__device__ inline T FromFloat(float x) {
-  if constexpr (sizeof(T) == 4) return x;
-  else if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16_rn(x);
-  else return __float2half_rn(x);
-}
-
-template <typename T, int N>
-struct alignas(sizeof(T) * N) Pack {
-  T v[N];
+struct e4m3 {
+  uint8_t bits;
 };
+
 template <typename T>
 inline constexpr int kValues = 16 / int(sizeof(T));  // in a granule
 template <typename T, typename W>
-using Granule = Pack<W, kValues<T>>;
+inline constexpr int kWordsOf = int(kValues<T> * sizeof(W) / 4);
+template <typename T, typename W>
+using Granule = Words<kWordsOf<T, W>>;  // of tokens of type T, stored as W
+
+template <typename W, int kWords, int kCount>
+__device__ inline void Unpack(float (&out)[kCount], const Words<kWords>& in) {
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const uint32_t w = in.w[i];
+    if constexpr (sizeof(W) == 4) {
+      out[i] = __uint_as_float(w);
+    } else if constexpr (std::is_same_v<W, bf16>) {
+      out[2 * i] = __uint_as_float(w << 16);
+      out[2 * i + 1] = __uint_as_float(w & 0xFFFF0000u);
+    } else if constexpr (std::is_same_v<W, f16>) {
+      out[2 * i] = __half2float(__ushort_as_half(uint16_t(w)));
+      out[2 * i + 1] = __half2float(__ushort_as_half(uint16_t(w >> 16)));
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        out[4 * i + j] = __half2float(__half(__nv_cvt_fp8_to_halfraw(uint8_t(w >> 8 * j), __NV_E4M3)));
+      }
+    }
+  }
+}
+
+template <typename W, int kWords, int kCount>
+__device__ inline void Pack(Words<kWords>& out, const float (&in)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    if constexpr (sizeof(W) == 4) {
+      out.w[i] = __float_as_uint(in[i]);
+    } else if constexpr (std::is_same_v<W, bf16>) {
+      out.w[i] = uint32_t(__bfloat16_as_ushort(__float2bfloat16_rn(in[2 * i]))) |
+                 uint32_t(__bfloat16_as_ushort(__float2bfloat16_rn(in[2 * i + 1]))) << 16;
+    } else if constexpr (std::is_same_v<W, f16>) {
+      out.w[i] = uint32_t(__half_as_ushort(__float2half_rn(in[2 * i]))) |
+                 uint32_t(__half_as_ushort(__float2half_rn(in[2 * i + 1]))) << 16;
+    } else {
+      out.w[i] = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        out.w[i] |= uint32_t(__nv_cvt_float_to_fp8(in[4 * i + j], __NV_SATFINITE, __NV_E4M3)) << 8 * j;
+      }
+    }
+  }
+}
 
 // --- One block's view of an operation. ---
 
 struct Params {
-  DeviceState* state;
+  Control* control;
   Geometry g;
   uint64_t tag;
   uint64_t* ticket;
@@ -111,12 +155,14 @@ struct Params {
 
 struct Op {
   std::byte* region;
-  uint64_t stamp, deadline_ns, begun_ns;
+  uint64_t stamp, deadline_ns;
   int bank, rank;
   int bad;  // nothing may be believed: outputs are poisoned
   int num_put_peers;
+  int wait_for_bank;
   int flag;
   std::byte* pointer[kMaxRanks];
+  Control* control[kMaxRanks];
   int tokens[kMaxRanks];
   uint8_t live[kMaxRanks];
 
@@ -126,75 +172,96 @@ struct Op {
   __device__ std::byte* inbox(const Geometry& g, std::byte* of, int from) const {
     return of + g.inbox + (uint64_t(bank) * g.max_ranks + from) * g.message_bytes;
   }
-  __device__ SignalCell* signal(const Geometry& g, std::byte* of, int from) const {
-    return reinterpret_cast<SignalCell*>(of + g.signals + (uint64_t(bank) * g.max_ranks + from) * kAlign);
-  }
-  __device__ static NoticeCell* notice(const Geometry& g, std::byte* of, int from) {
-    return reinterpret_cast<NoticeCell*>(of + g.notices + uint64_t(from) * kAlign);
+  // Where the inbox for messages from this rank lies in the region of any peer.
+  __device__ uint64_t inbox_offset(const Geometry& g) const {
+    return g.inbox + (uint64_t(bank) * g.max_ranks + rank) * g.message_bytes;
   }
 };
 
+// Lines that will be read: into L2, where they are at home, hence always fresh.
+__device__ inline void Prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Writes to row `to` of the peers' regions, from this rank's.
 template <ucs_device_level_t kLevel>
-__device__ inline void Put(const Op& op, const DeviceState* state, int to, const std::byte* local, uint64_t remote_offset,
+__device__ __noinline__ void Put(const Op& op, const DeviceState& state, int to, const std::byte* local, uint64_t offset,
                            uint64_t num_bytes) {
   if (!num_bytes) return;
-  ucp_device_put<kLevel>(static_cast<ucp_device_local_mem_list_h>(state->local_view), 0, size_t(local - op.region),
-                         static_cast<ucp_device_remote_mem_list_h>(state->remote_view), unsigned(to), remote_offset,
+  ucp_device_put<kLevel>(static_cast<ucp_device_local_mem_list_h>(state.local_view), 0, size_t(local - op.region),
+                         static_cast<ucp_device_remote_mem_list_h>(state.remote_view), unsigned(RegionRow(to)), offset,
                          num_bytes, 0, UCP_DEVICE_FLAG_NODELAY, nullptr);
+}
+// Writes a field of the control block to the same place of the peer's.
+template <ucs_device_level_t kLevel>
+__device__ __noinline__ void PutControl(Control* own, int max_ranks, int to, const void* field, uint64_t num_bytes) {
+  const size_t offset = size_t(static_cast<const char*>(field) - reinterpret_cast<const char*>(own));
+  ucp_device_put<kLevel>(static_cast<ucp_device_local_mem_list_h>(own->state.local_view), 1, offset,
+                         static_cast<ucp_device_remote_mem_list_h>(own->state.remote_view),
+                         unsigned(ControlRow(to, max_ranks)), offset, num_bytes, 0, UCP_DEVICE_FLAG_NODELAY, nullptr);
+}
+
+// Sets a field of the notice cell that `to` keeps for this rank. One thread; `member` points to it in the own block.
+template <typename T>
+__device__ inline void SetNotice(const Op& op, const Params& p, int to, T NoticeCell::* field, T value) {
+  if (op.control[to]) {
+    __threadfence_system();
+    StoreRelaxed(&(op.control[to]->notices[op.rank].*field), value);
+    return;
+  }
+  T* own = &(p.control->notices[op.rank].*field);
+  StoreRelaxed(own, value);
+  __threadfence_system();
+  PutControl<UCS_DEVICE_LEVEL_THREAD>(p.control, p.g.max_ranks, to, own, sizeof(T));
 }
 
 // Ends this and all later operations of the endpoint, and tells the peers. One thread.
-__device__ inline void Fail(Op& op, DeviceState* state, const Geometry& g, uint64_t tag, Failure why, int peer,
-                            uint64_t other_tag = 0) {
+__device__ __noinline__ static void Fail(Op& op, const Params& p, Failure why, int peer, uint64_t other_tag = 0) {
+  DeviceState& state = p.control->state;
   op.bad = 1;
-  if (atomicCAS(&state->failed, 0u, uint32_t(why)) != 0) return;
-  state->report->stamp = op.stamp;
-  state->report->tag = tag;
-  state->report->other_tag = other_tag;
-  state->report->peer = peer;
+  if (atomicCAS(&state.failed, 0u, uint32_t(why)) != 0) return;
+  state.report->stamp = op.stamp;
+  state.report->tag = p.tag;
+  state.report->other_tag = other_tag;
+  state.report->peer = peer;
   __threadfence_system();
-  StoreRelaxed(&state->report->code, uint32_t(why));
-  NoticeCell* own = Op::notice(g, op.region, op.rank);
-  StoreRelaxed(&own->notice, uint32_t(Notice::kFailed));
-  __threadfence_system();
-  for (int r = 0; r < g.max_ranks; ++r) {
-    if (r == op.rank || !op.live[r]) continue;
-    if (op.pointer[r]) {
-      StoreRelaxed(&Op::notice(g, op.pointer[r], op.rank)->notice, uint32_t(Notice::kFailed));
-    } else {
-      Put<UCS_DEVICE_LEVEL_THREAD>(op, state, r, reinterpret_cast<std::byte*>(own),
-                                   g.notices + uint64_t(op.rank) * kAlign, sizeof(uint32_t));
-    }
+  StoreRelaxed(&state.report->code, uint32_t(why));
+  for (int r = 0; r < p.g.max_ranks; ++r) {
+    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, uint32_t(Notice::kFailed));
   }
 }
 
 // Loads the operation. All threads of the block.
 __device__ inline void Begin(Op& op, const Params& p, bool sending) {
-  DeviceState* state = p.state;
+  const DeviceState& state = p.control->state;
   for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-    op.pointer[r] = state->peers[r].pointer;
-    op.live[r] = state->peers[r].member && state->peers[r].masked == 0;
+    const PeerState_& peer = state.peers[r];
+    if (!sending) Prefetch(&p.control->signals[0][r]), Prefetch(&p.control->signals[1][r]);
+    op.pointer[r] = peer.pointer;
+    op.control[r] = peer.control;
+    op.live[r] = peer.member && peer.masked == 0;
     op.tokens[r] = 0;
   }
   if (threadIdx.x == 0) {
-    const Geometry& own = state->geometry;
-    op.bad = !state->active || state->failed || own.max_ranks != p.g.max_ranks || own.max_tokens != p.g.max_tokens ||
+    const Geometry& own = state.geometry;
+    op.bad = !state.active || state.failed || own.max_ranks != p.g.max_ranks || own.max_tokens != p.g.max_tokens ||
              own.top_k != p.g.top_k || own.experts_per_rank != p.g.experts_per_rank || own.row_bytes != p.g.row_bytes;
-    op.stamp = sending ? state->started + 1 : p.ticket ? *p.ticket : state->current;
+    op.stamp = sending ? state.started + 1 : p.ticket ? *p.ticket : state.current;
+    const uint64_t begun_ns[kBanks] = {state.begun_ns[0], state.begun_ns[1]};
+    const uint64_t split[kBanks] = {state.split[0], state.split[1]};
     op.bank = int(op.stamp % kBanks);
-    op.rank = state->rank;
-    op.region = state->region;
-    op.begun_ns = state->begun_ns[op.bank];
-    op.deadline_ns = op.begun_ns + state->timeout_ns;
-    op.num_put_peers = int(state->num_put_peers);
+    op.rank = state.rank;
+    op.region = state.region;
+    op.deadline_ns = begun_ns[op.bank] + state.timeout_ns;
+    op.num_put_peers = int(state.num_put_peers);
+    op.wait_for_bank = split[op.bank] && split[op.bank] == op.stamp - kBanks;
     op.flag = 0;
   }
   __syncthreads();
 }
 
 // Settles for all blocks whether `peer` was in time, once its deadline has passed. True: it was not.
-__device__ inline bool DecideTimeout(Op& op, DeviceState* state, const Geometry& g, int peer, bool timed_out) {
-  auto* word = reinterpret_cast<unsigned long long*>(&state->peers[peer].decision);
+__device__ __noinline__ static bool DecideTimeout(Op& op, const Params& p, int peer, bool timed_out) {
+  DeviceState& state = p.control->state;
+  auto* word = reinterpret_cast<unsigned long long*>(&state.peers[peer].decision);
   unsigned long long seen = atomicAdd(word, 0ull);
   for (;;) {
     if ((seen & ~kTimedOutBit) == op.stamp) return seen & kTimedOutBit;
@@ -203,64 +270,76 @@ __device__ inline bool DecideTimeout(Op& op, DeviceState* state, const Geometry&
     seen = found;
   }
   if (timed_out) {
-    state->peers[peer].masked = op.stamp;
-    state->counters[peer].timeouts += 1;
-    StoreRelaxed(&Op::notice(g, op.region, peer)->masked_at, op.stamp);
+    state.peers[peer].masked = op.stamp;
+    state.counters[peer].timeouts += 1;
+    // Before anything that the peer may be reading is overwritten.
+    SetNotice(op, p, peer, &NoticeCell::given_up, op.stamp);
     __threadfence_system();
   }
   return timed_out;
+}
+
+// True if the peer went on without this rank: what it sent, or offers to be read, may be gone.
+__device__ inline bool GaveUp(const Op& op, const Params& p, int peer) {
+  const uint64_t stamp = LoadRelaxed(&p.control->notices[peer].given_up);
+  return stamp && stamp >> kEpochShift == op.stamp >> kEpochShift && stamp <= op.stamp;
 }
 
 inline constexpr uint64_t kGraceNs = 1'000'000;  // far above the skew of the timer between blocks
 
 // Waits for one peer's message. One thread.
 __device__ inline void AwaitPeer(Op& op, const Params& p, int r) {
-  DeviceState* state = p.state;
-  const SignalCell* cell = op.signal(p.g, op.region, r);
+  DeviceState& state = p.control->state;
+  const SignalCell& cell = p.control->signals[op.bank][r];
   const bool by_put = op.pointer[r] == nullptr;
-  const uint64_t* counter = &cell->arrivals[(op.stamp >> kEpochShift) % kEpochSlots];
+  const uint64_t* counter = &cell.arrivals[(op.stamp >> kEpochShift) % kEpochSlots];
   const uint64_t wanted = ((op.stamp & ((uint64_t(1) << kEpochShift) - 1)) + 1) / kBanks;
-  const Signal* signal = &cell->signal;
+  const Signal* signal = &cell.signal;
   bool stopped = false;
   for (uint64_t first = 0;;) {
     const bool counted = !by_put || LoadAcquire(counter) >= wanted;
     const uint64_t tag = LoadRelaxed(&signal->tag), tokens = LoadRelaxed(&signal->num_tokens);
-    const uint64_t check = LoadRelaxed(&signal->check), stamp = LoadAcquire(&signal->stamp);
+    const uint64_t check = LoadRelaxed(&signal->check);
+    const bool gave_up = r != op.rank && GaveUp(op, p, r);
+    const uint64_t stamp = LoadAcquire(&signal->stamp);
     const uint64_t now = Now();
     if (!first) first = now;
     const bool arrived = counted && stamp == op.stamp && check == Signal::Check(stamp, tag, tokens);
     bool done = arrived;
-    if (arrived) {
-      if (now >= op.deadline_ns && DecideTimeout(op, state, p.g, r, false)) {
+    if (gave_up) {
+      Fail(op, p, Failure::kPeerAhead, r);
+      done = true;
+    } else if (arrived) {
+      if (now >= op.deadline_ns && DecideTimeout(op, p, r, false)) {
         op.live[r] = 0;
-        if (!state->mask_late_peers) Fail(op, state, p.g, p.tag, Failure::kTimedOut, r);
+        if (!state.mask_late_peers) Fail(op, p, Failure::kTimedOut, r);
       } else if (tag != p.tag) {
-        Fail(op, state, p.g, p.tag, Failure::kOtherOp, r, tag);
+        Fail(op, p, Failure::kOtherOp, r, tag);
       } else if (tokens > uint64_t(p.g.max_tokens)) {
-        Fail(op, state, p.g, p.tag, Failure::kBadCount, r);
+        Fail(op, p, Failure::kBadCount, r);
       } else {
         op.tokens[r] = int(tokens);
       }
     } else if (stamp > op.stamp && stamp >> kEpochShift == op.stamp >> kEpochShift) {
-      Fail(op, state, p.g, p.tag, Failure::kPeerAhead, r);
+      Fail(op, p, Failure::kPeerAhead, r);
       done = true;
     } else if (stopped) {  // and the message was still not there when looked for once more
-      const bool left = LoadRelaxed(&Op::notice(p.g, op.region, r)->notice) == uint32_t(Notice::kLeft);
-      Fail(op, state, p.g, p.tag, left ? Failure::kPeerLeft : Failure::kPeerFailed, r);
+      const bool left = LoadRelaxed(&p.control->notices[r].notice) == uint32_t(Notice::kLeft);
+      Fail(op, p, left ? Failure::kPeerLeft : Failure::kPeerFailed, r);
       done = true;
-    } else if (now >= op.deadline_ns + kGraceNs && DecideTimeout(op, state, p.g, r, true)) {
+    } else if (now >= op.deadline_ns + kGraceNs && DecideTimeout(op, p, r, true)) {
       op.live[r] = 0;
-      if (!state->mask_late_peers) Fail(op, state, p.g, p.tag, Failure::kTimedOut, r);
+      if (!state.mask_late_peers) Fail(op, p, Failure::kTimedOut, r);
       done = true;
-    } else if (LoadRelaxed(&state->closing) || LoadRelaxed(&state->failed)) {
+    } else if (LoadRelaxed(&state.closing) || LoadRelaxed(&state.failed)) {
       op.bad = 1;
       done = true;
     }
     if (done) {
-      if (blockIdx.x == 0) state->counters[r].wait_ns += now - first;
+      if (blockIdx.x == 0) state.counters[r].wait_ns += now - first;
       return;
     }
-    stopped = LoadRelaxed(&Op::notice(p.g, op.region, r)->notice) != 0;
+    stopped = LoadRelaxed(&p.control->notices[r].notice) != 0;
   }
 }
 
@@ -274,11 +353,12 @@ __device__ inline void AwaitAll(Op& op, const Params& p) {
   __syncthreads();
 }
 
-// True in the last of `count` blocks to come here; what the others wrote before is then visible. All threads.
+// True in the last of `count` blocks to come here; what the others wrote before is then visible to it, and what it
+// signals is visible after all that to every reader in the system. All threads.
 __device__ inline bool IsLast(Op& op, uint32_t* counter, uint32_t count) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    if (count > 1) __threadfence();
+    __threadfence_system();
     op.flag = count == 1 || atomicInc(counter, count - 1) == count - 1;
     if (count > 1) __threadfence();
   }
@@ -297,17 +377,16 @@ __device__ inline void Fill(void* data, uint64_t num_bytes, uint32_t pattern) {
   for (uint64_t i = vectors * 16 + index; i < num_bytes; i += step) bytes[i] = uint8_t(pattern);
 }
 
-// Tells `to` that this rank's message is complete: one thread where it has a pointer, else a whole warp.
+// Tells `to` that this rank's message is complete, after IsLast: one thread where there is a pointer, else a warp.
 __device__ inline void SignalByPointer(const Op& op, const Params& p, int to, int num_tokens) {
-  __threadfence_system();
-  Signal* signal = &op.signal(p.g, op.pointer[to], op.rank)->signal;
+  Signal* signal = &op.control[to]->signals[op.bank][op.rank].signal;
   StoreRelaxed(&signal->tag, p.tag);
   StoreRelaxed(&signal->num_tokens, uint64_t(num_tokens));
   StoreRelaxed(&signal->check, Signal::Check(op.stamp, p.tag, uint64_t(num_tokens)));
-  StoreRelaxed(&signal->stamp, op.stamp);
+  StoreRelease(&signal->stamp, op.stamp);
 }
-__device__ inline void SignalByPut(const Op& op, const Params& p, int to, int num_tokens) {
-  SignalCell* own = op.signal(p.g, op.region, op.rank);
+__device__ __noinline__ static void SignalByPut(const Op& op, const Params& p, int to, int num_tokens) {
+  SignalCell* own = &p.control->signals[op.bank][op.rank];
   if (threadIdx.x % kWarp == 0) {  // several warps may write the same words
     StoreRelaxed(&own->signal.tag, p.tag);
     StoreRelaxed(&own->signal.num_tokens, uint64_t(num_tokens));
@@ -316,15 +395,15 @@ __device__ inline void SignalByPut(const Op& op, const Params& p, int to, int nu
   }
   __threadfence_system();
   __syncwarp();
-  const uint64_t offset = uint64_t(reinterpret_cast<std::byte*>(own) - op.region);
-  Put<UCS_DEVICE_LEVEL_WARP>(op, p.state, to, reinterpret_cast<std::byte*>(own), offset, sizeof(Signal));
+  PutControl<UCS_DEVICE_LEVEL_WARP>(p.control, p.g.max_ranks, to, own, sizeof(Signal));
   __threadfence_system();
   __syncwarp();
   if (threadIdx.x % kWarp == 0) {
-    const uint64_t slot = (op.stamp >> kEpochShift) % kEpochSlots;
+    const uint64_t* counter = &own->arrivals[(op.stamp >> kEpochShift) % kEpochSlots];
+    const size_t offset = size_t(reinterpret_cast<const char*>(counter) - reinterpret_cast<const char*>(p.control));
     ucp_device_counter_inc<UCS_DEVICE_LEVEL_THREAD>(
-        1, static_cast<ucp_device_remote_mem_list_h>(p.state->remote_view), unsigned(to),
-        offset + offsetof(SignalCell, arrivals) + slot * sizeof(uint64_t), 0, UCP_DEVICE_FLAG_NODELAY, nullptr);
+        1, static_cast<ucp_device_remote_mem_list_h>(p.control->state.remote_view),
+        unsigned(ControlRow(to, p.g.max_ranks)), offset, 0, UCP_DEVICE_FLAG_NODELAY, nullptr);
   }
   __syncwarp();
 }
@@ -334,37 +413,35 @@ __device__ inline void SignalByPut(const Op& op, const Params& p, int to, int nu
 // Before the first write of a sending half: the peers must have finished reading what the bank held. Calls of whole
 // operations imply it (a peer answers only after it has); separate halves do not, so there it is waited for.
 __device__ inline void AwaitBank(Op& op, const Params& p) {
-  DeviceState* state = p.state;
-  if (!op.bad && state->split[op.bank] && state->split[op.bank] == op.stamp - kBanks) {
-    const uint64_t deadline = Now() + state->timeout_ns;
-    for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-      if (!op.live[r]) continue;
-      const NoticeCell* cell = Op::notice(p.g, op.region, r);
-      while (LoadAcquire(&cell->finished) < op.stamp - kBanks) {
-        if (LoadRelaxed(&cell->notice) || LoadRelaxed(&state->closing) || Now() > deadline) {
-          Fail(op, state, p.g, p.tag, Failure::kNotFinished, r);
-          break;
-        }
+  if (op.bad || !op.wait_for_bank) return;
+  const DeviceState& state = p.control->state;
+  const uint64_t deadline = Now() + state.timeout_ns;
+  for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
+    if (!op.live[r]) continue;
+    const NoticeCell& cell = p.control->notices[r];
+    while (LoadAcquire(&cell.finished) < op.stamp - kBanks) {
+      if (LoadRelaxed(&cell.notice) || LoadRelaxed(&state.closing) || Now() > deadline) {
+        Fail(op, p, Failure::kNotFinished, r);
+        break;
       }
     }
-    __syncthreads();
   }
+  __syncthreads();
 }
 
 // Counts the blocks that have read the state; EndSend uses the answer, by when it has arrived.
-__device__ inline bool PassHead(const Params& p) {
-  const uint32_t blocks = gridDim.x * gridDim.y;
-  return threadIdx.x == 0 && atomicInc(&p.state->heads, blocks - 1) == blocks - 1;
+__device__ inline uint32_t PassHead(const Params& p) {
+  return threadIdx.x == 0 ? atomicInc(&p.control->state.heads, gridDim.x * gridDim.y - 1) : 0;
 }
 
-__device__ inline void EndSend(const Op& op, const Params& p, bool last_head, uint64_t begun_ns) {
-  if (!last_head) return;
-  DeviceState* state = p.state;
+__device__ inline void EndSend(const Op& op, const Params& p, uint32_t head, uint64_t begun_ns) {
+  if (threadIdx.x != 0 || head != gridDim.x * gridDim.y - 1) return;
+  DeviceState& state = p.control->state;
   if (!op.bad) {
-    state->started = state->current = op.stamp;
-    state->begun_ns[op.bank] = begun_ns;
-    state->split[op.bank] = p.ticket ? op.stamp : 0;
-    state->operations += 1;
+    state.started = state.current = op.stamp;
+    state.begun_ns[op.bank] = begun_ns;
+    state.split[op.bank] = p.ticket ? op.stamp : 0;
+    atomicAdd(&state.operations, 1ull);
   }
   if (p.ticket) {
     *p.ticket = op.stamp;
@@ -372,39 +449,29 @@ __device__ inline void EndSend(const Op& op, const Params& p, bool last_head, ui
   }
 }
 
-// After the last read of a receiving half.
-__device__ inline void EndReceive(Op& op, const Params& p, bool pulled) {
-  DeviceState* state = p.state;
+// After the last read of a receiving half. False: a peer whose data was read has gone on, so that it may have been
+// overwritten. All threads.
+__device__ inline bool EndReceive(Op& op, const Params& p, bool pulled) {
   if (blockIdx.x == 0 && threadIdx.x == 0 && p.order) *p.order = 0;
-  if (op.bad) return;
-  // A peer overwrites what this rank reads only after giving it up, hence not within the timeout.
-  __syncthreads();
-  if (pulled && threadIdx.x == 0) op.flag = Now() - op.begun_ns > state->timeout_ns / 2;
-  __syncthreads();
-  if (pulled && op.flag) {
-    __threadfence_system();
-    for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-      if (r == op.rank || !op.live[r] || !op.pointer[r]) continue;
-      const uint64_t masked_at = LoadAcquire(&Op::notice(p.g, op.pointer[r], op.rank)->masked_at);
-      if (masked_at && masked_at >> kEpochShift == op.stamp >> kEpochShift) {
-        Fail(op, state, p.g, p.tag, Failure::kOverwritten, r);
-      }
-    }
-  }
-  if (p.ticket && IsLast(op, &state->tails, gridDim.x)) {
-    NoticeCell* own = Op::notice(p.g, op.region, op.rank);
-    if (threadIdx.x == 0) StoreRelease(&own->finished, op.stamp);
+  if (op.bad) return true;
+  if (pulled) {
     __syncthreads();
     for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-      if (r == op.rank || !op.live[r]) continue;
-      if (op.pointer[r]) {
-        StoreRelease(&Op::notice(p.g, op.pointer[r], op.rank)->finished, op.stamp);
-      } else {
-        Put<UCS_DEVICE_LEVEL_THREAD>(op, state, r, reinterpret_cast<std::byte*>(&own->finished),
-                                     p.g.notices + uint64_t(op.rank) * kAlign + offsetof(NoticeCell, finished), sizeof(uint64_t));
-      }
+      if (r != op.rank && op.live[r] && GaveUp(op, p, r)) Fail(op, p, Failure::kOverwritten, r);
+    }
+    __syncthreads();
+    if (op.bad) return false;
+  }
+  if (p.ticket && IsLast(op, &p.control->state.tails, gridDim.x)) {
+    for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
+      if (r == op.rank) StoreRelease(&p.control->notices[r].finished, op.stamp);
+    }
+    __syncthreads();
+    for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
+      if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::finished, op.stamp);
     }
   }
+  return true;
 }
 
 }  // namespace jax_nixlep::cuda

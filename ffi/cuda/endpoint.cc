@@ -29,10 +29,10 @@ class OnDevice {
   int before_ = 0;
 };
 
-// Device memory that outlives endpoints. The state is found by captured graphs, a region by peers that are slow to
-// leave; so neither is freed, and a later endpoint takes them over.
+// Device memory that outlives endpoints. The control block is found by captured graphs, a region by peers that are slow
+// to leave; so neither is freed, and a later endpoint takes them over.
 struct DeviceMemory {
-  DeviceState* state = nullptr;
+  Control* control = nullptr;
   FailureReport* report = nullptr;
   std::multimap<size_t, std::byte*> free_regions;
   bool in_use = false;
@@ -96,15 +96,15 @@ CudaEndpoint::CudaEndpoint(const EndpointOptions& options, int device)
     throw EpError("endpoint: GPU " + std::to_string(device_) +
                   " must belong to one group of this process; got a second; shut the first one down");
   }
-  if (!memory.state) {
-    Check(cudaMalloc(&memory.state, sizeof(DeviceState)), "allocating the state");
+  if (!memory.control) {
+    Check(cudaMalloc(&memory.control, sizeof(Control)), "allocating the control block");
     Check(cudaHostAlloc(&memory.report, sizeof(FailureReport), cudaHostAllocMapped), "allocating the failure report");
   }
   region_ = TakeRegion(memory, num_bytes());
-  state_ = memory.state;
+  control_ = memory.control;
   report_ = memory.report;
   std::memset(report_, 0, sizeof(*report_));
-  Check(cudaMemset(state_, 0, sizeof(DeviceState)), "clearing the state");
+  Check(cudaMemset(control_, 0, sizeof(Control)), "clearing the control block");
   Check(cudaDeviceSynchronize(), "clearing the symmetric memory");
   memory.in_use = true;
 }
@@ -116,31 +116,36 @@ CudaEndpoint::~CudaEndpoint() {
   }
 }
 
+// What peers need beside NIXL's metadata and the base of the region.
+struct Place {
+  uint64_t control;
+  int32_t device;
+};
+
 std::string CudaEndpoint::OpenNixl(const std::string& library, const std::string& name) {
   std::lock_guard lock(mutex_);
   OnDevice current(device_);
   if (!nixl_) {
     auto agent = std::make_unique<NixlAgent>(library, name, device_);
     agent->Register(region_, num_bytes());
+    agent->Register(reinterpret_cast<std::byte*>(control_), sizeof(Control));
     nixl_ = std::move(agent);
   }
-  // Peers name the memory by its device too.
-  std::string metadata(sizeof(int32_t), '\0');
-  const int32_t device = device_;
-  std::memcpy(metadata.data(), &device, sizeof(device));
-  return metadata + nixl_->Metadata();
+  const Place place{reinterpret_cast<uint64_t>(control_), device_};
+  return std::string(reinterpret_cast<const char*>(&place), sizeof(place)) + nixl_->Metadata();
 }
 
 void CudaEndpoint::ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base) {
   std::lock_guard lock(mutex_);
   OnDevice current(device_);
-  int32_t device = 0;
-  if (metadata.size() <= sizeof(device)) throw EpError("endpoint: metadata must come from a peer's open_nixl");
-  std::memcpy(&device, metadata.data(), sizeof(device));
+  Place place;
+  if (metadata.size() <= sizeof(place)) throw EpError("endpoint: metadata must come from a peer's open_nixl");
+  std::memcpy(&place, metadata.data(), sizeof(place));
   Peer& p = peers_.at(size_t(peer));
-  p.agent = nixl_->Connect(metadata.substr(sizeof(device)));
-  p.device = device;
+  p.agent = nixl_->Connect(metadata.substr(sizeof(place)));
+  p.device = place.device;
   p.remote_base = remote_base;
+  p.remote_control = place.control;
 }
 
 void CudaEndpoint::DropPeer(int peer) {
@@ -176,37 +181,39 @@ void CudaEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
   Check(cudaDeviceSynchronize(), "finishing before the membership changes");
 
   const int R = capacity().max_ranks;
-  std::vector<std::byte*> pointers(size_t(R), nullptr);
-  if (nixl_) {
-    ReleaseViews();
-    std::vector<NixlAgent::RemoteMemory> rows;
-    std::vector<uint32_t> wanted;
+  std::vector<std::byte*> pointers(size_t(2 * R), nullptr);  // as the rows of the view
+  const bool alone = std::none_of(members.begin(), members.end(), [&](int r) { return r != rank(); });
+  if (nixl_) ReleaseViews();
+  if (!alone) {
+    using Row = NixlAgent::ViewRow;
+    const auto control = reinterpret_cast<uint64_t>(control_), region = reinterpret_cast<uint64_t>(region_);
+    const Row own[] = {Row{region, num_bytes(), device_}, Row{control, sizeof(Control), device_}};
+    std::vector<Row> rows(size_t(2 * R));
+    std::vector<uint32_t> wanted(size_t(2 * R), 0);
     for (int r = 0; r < R; ++r) {
       const Peer& peer = peers_[size_t(r)];
-      const bool there = peer.member && r != rank();
-      rows.push_back(there ? NixlAgent::RemoteMemory{peer.remote_base, peer.device, peer.agent}
-                           : NixlAgent::RemoteMemory{});
-      wanted.push_back(there && PointersAllowed());
+      if (!peer.member || r == rank()) continue;
+      const size_t region_row = size_t(RegionRow(r)), control_row = size_t(ControlRow(r, R));
+      rows[region_row] = {peer.remote_base, num_bytes(), peer.device, peer.agent};
+      rows[control_row] = {peer.remote_control, sizeof(Control), peer.device, peer.agent};
+      wanted[region_row] = wanted[control_row] = PointersAllowed();
     }
-    const bool alone = std::none_of(rows.begin(), rows.end(), [](auto& row) { return !row.agent.empty(); });
-    if (!alone) {
-      local_view_ = nixl_->LocalView(region_, num_bytes());
-      remote_view_ = nixl_->RemoteView(rows, num_bytes());
-      uint32_t* device_wanted = nullptr;
-      std::byte** device_pointers = nullptr;
-      Check(cudaMalloc(&device_wanted, wanted.size() * sizeof(uint32_t)), "allocating");
-      Check(cudaMalloc(&device_pointers, pointers.size() * sizeof(std::byte*)), "allocating");
-      Check(cudaMemcpy(device_wanted, wanted.data(), wanted.size() * sizeof(uint32_t), cudaMemcpyHostToDevice), "copying");
-      Check(FindPointers(remote_view_, R, device_wanted, device_pointers, stream_), "looking for pointers to the peers");
-      Check(cudaStreamSynchronize(stream_), "looking for pointers to the peers");
-      Check(cudaMemcpy(pointers.data(), device_pointers, pointers.size() * sizeof(std::byte*), cudaMemcpyDeviceToHost),
-            "copying");
-      cudaFree(device_wanted), cudaFree(device_pointers);
-    }
+    local_view_ = nixl_->LocalView(own);
+    remote_view_ = nixl_->RemoteView(rows);
+    uint32_t* device_wanted = nullptr;
+    std::byte** device_pointers = nullptr;
+    const size_t wanted_bytes = wanted.size() * sizeof(uint32_t), pointer_bytes = pointers.size() * sizeof(std::byte*);
+    Check(cudaMalloc(&device_wanted, wanted_bytes), "allocating");
+    Check(cudaMalloc(&device_pointers, pointer_bytes), "allocating");
+    Check(cudaMemcpy(device_wanted, wanted.data(), wanted_bytes, cudaMemcpyHostToDevice), "copying");
+    Check(FindPointers(remote_view_, 2 * R, device_wanted, device_pointers, stream_), "looking for pointers to the peers");
+    Check(cudaStreamSynchronize(stream_), "looking for pointers to the peers");
+    Check(cudaMemcpy(pointers.data(), device_pointers, pointer_bytes, cudaMemcpyDeviceToHost), "copying");
+    cudaFree(device_wanted), cudaFree(device_pointers);
   }
 
   auto state = std::make_unique<DeviceState>();
-  Check(cudaMemcpy(state.get(), state_, sizeof(DeviceState), cudaMemcpyDeviceToHost), "reading the state");
+  Check(cudaMemcpy(state.get(), &control_->state, sizeof(DeviceState), cudaMemcpyDeviceToHost), "reading the state");
   const DeviceState before = *state;
   std::memset(static_cast<void*>(state.get()), 0, sizeof(DeviceState));
   state->region = region_;
@@ -225,8 +232,10 @@ void CudaEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
   state->invalid_ids = before.invalid_ids;
   for (int r = 0; r < R; ++r) {
     Peer& peer = peers_[size_t(r)];
-    peer.pointer = r == rank() ? region_ : pointers[size_t(r)];
+    auto* control = r == rank() ? control_ : reinterpret_cast<Control*>(pointers[size_t(ControlRow(r, R))]);
+    peer.pointer = r == rank() ? region_ : control ? pointers[size_t(RegionRow(r))] : nullptr;
     state->peers[r].pointer = peer.pointer;
+    state->peers[r].control = control;
     state->peers[r].member = peer.member;
     state->num_put_peers += peer.member && !peer.pointer;
     state->counters[r] = before.counters[r];
@@ -234,11 +243,11 @@ void CudaEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
   std::memset(report_, 0, sizeof(*report_));
   // Counters of the coming epoch start at zero; late adders of an earlier one use other slots.
   for (int bank = 0; bank < kBanks; ++bank) {
-    const size_t offset = layout_.signal(bank, 0) + offsetof(SignalCell, arrivals) + epoch % kEpochSlots * sizeof(uint64_t);
-    Check(cudaMemset2D(region_ + offset, kAlign, 0, sizeof(uint64_t), size_t(R)), "clearing the counters");
+    uint64_t* counters = &control_->signals[bank][0].arrivals[epoch % kEpochSlots];
+    Check(cudaMemset2D(counters, sizeof(SignalCell), 0, sizeof(uint64_t), size_t(R)), "clearing the counters");
   }
-  Check(cudaMemset2D(region_ + layout_.notice(0), kAlign, 0, sizeof(NoticeCell), size_t(R)), "clearing the notices");
-  Check(cudaMemcpy(state_, state.get(), sizeof(DeviceState), cudaMemcpyHostToDevice), "writing the state");
+  Check(cudaMemset(control_->notices, 0, sizeof(control_->notices)), "clearing the notices");
+  Check(cudaMemcpy(&control_->state, state.get(), sizeof(DeviceState), cudaMemcpyHostToDevice), "writing the state");
   Check(cudaDeviceSynchronize(), "activating");
   epoch_ = epoch;
   active_ = true;
@@ -252,11 +261,11 @@ void CudaEndpoint::Close() {
   const uint32_t one = 1, zero = 0;
   if (active_) {
     // Ends a kernel that waits; then says goodbye, unless the peers know worse.
-    Check(cudaMemcpyAsync(&state_->closing, &one, sizeof(one), cudaMemcpyHostToDevice, stream_), "closing");
-    if (!report_->code) Check(Notify(state_, Notice::kLeft, stream_), "telling the peers");
+    Check(cudaMemcpyAsync(&control_->state.closing, &one, sizeof(one), cudaMemcpyHostToDevice, stream_), "closing");
+    if (!report_->code) Check(Notify(control_, geometry_, Notice::kLeft, stream_), "telling the peers");
     Check(cudaStreamSynchronize(stream_), "closing");
     Check(cudaDeviceSynchronize(), "closing");
-    Check(cudaMemcpy(&state_->active, &zero, sizeof(zero), cudaMemcpyHostToDevice), "closing");
+    Check(cudaMemcpy(&control_->state.active, &zero, sizeof(zero), cudaMemcpyHostToDevice), "closing");
   }
   active_ = false;
   if (nixl_) ReleaseViews();
@@ -282,8 +291,8 @@ T CudaEndpoint::Read(const T& field) const {
 
 PeerHealth CudaEndpoint::Health(int peer) const {
   const Peer& p = peers_.at(size_t(peer));
-  const PeerCounters counters = Read(state_->counters[peer]);
-  const bool masked = Read(state_->peers[peer].masked) != 0;
+  const PeerCounters counters = Read(control_->state.counters[peer]);
+  const bool masked = Read(control_->state.peers[peer].masked) != 0;
   const char* path = peer == rank() ? "self" : !p.member ? "none" : p.pointer ? "pointer" : "put";
   return {.bytes_out = counters.bytes_out,
           .bytes_in = counters.bytes_in,
@@ -294,9 +303,9 @@ PeerHealth CudaEndpoint::Health(int peer) const {
           .path = path};
 }
 
-uint64_t CudaEndpoint::num_operations() const { return Read(state_->operations); }
-uint64_t CudaEndpoint::dropped_rows() const { return Read(state_->dropped_rows); }
-uint64_t CudaEndpoint::invalid_ids() const { return Read(state_->invalid_ids); }
+uint64_t CudaEndpoint::num_operations() const { return Read(control_->state.operations); }
+uint64_t CudaEndpoint::dropped_rows() const { return Read(control_->state.dropped_rows); }
+uint64_t CudaEndpoint::invalid_ids() const { return Read(control_->state.invalid_ids); }
 
 std::string CudaEndpoint::Failure() const {
   const auto code = cuda::Failure(reinterpret_cast<volatile const uint32_t&>(report_->code));
@@ -341,7 +350,7 @@ Launch CudaEndpoint::MakeLaunch(uint64_t tag, const RowFormat& format, int num_t
                   "; got " + std::to_string(num_tokens));
   }
   Launch launch;
-  launch.state = state_;
+  launch.control = control_;
   launch.geometry = geometry_;
   launch.format = format;
   launch.tag = tag;

@@ -52,7 +52,7 @@ class CudaEndpoint {
  private:
   struct Peer {
     std::string agent;
-    uint64_t remote_base = 0;
+    uint64_t remote_base = 0, remote_control = 0;
     int device = 0;
     bool member = false;
     std::byte* pointer = nullptr;
@@ -60,7 +60,7 @@ class CudaEndpoint {
 
   void ReleaseViews();
   template <typename T>
-  T Read(const T& field_of_state) const;  // `field_of_state`: an lvalue in *state_, not read on the host
+  T Read(const T& field) const;  // `field`: an lvalue in *control_, whose address alone is used
 
   EndpointOptions options_;
   const int device_;
@@ -70,7 +70,7 @@ class CudaEndpoint {
   int num_sms_ = 0;
   std::byte* region_ = nullptr;   // stays allocated: a peer may still read it
   std::byte* scratch_ = nullptr;
-  DeviceState* state_ = nullptr;  // one per device and process
+  Control* control_ = nullptr;    // one per device and process
   FailureReport* report_ = nullptr;
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<NixlAgent> nixl_;

@@ -1,6 +1,7 @@
 #include "cuda/kernels.h"
 
 #include <algorithm>
+#include <climits>
 #include <type_traits>
 
 #include "cuda/device.cuh"
@@ -15,35 +16,36 @@ constexpr int kMoveThreads = 512, kSumThreads = 256;
 
 struct CopyCodec {
   static constexpr bool kRaw = true;
-  using Loaded = uint4;
-  __device__ static void Encode(const Params&, std::byte* row, int granule, uint4 in, bool valid) {
-    if (valid) StoreAs(row + granule * 16, in);
+  using Loaded = Words<4>;
+  __device__ static void Encode(const Params&, std::byte* row, int granule, const Words<4>& in, bool valid) {
+    if (valid) Store(row + granule * 16, in);
   }
   __device__ static Loaded Load(const Params&, const std::byte* row, int granule) {
-    return LoadOnce<uint4>(row + granule * 16);
+    return LoadOnce<4>(row + granule * 16);
   }
-  __device__ static uint4 Decode(const Params&, const Loaded& in) { return in; }
+  __device__ static Words<4> Decode(const Loaded& in) { return in; }
 };
 
 template <typename T>
 struct Bf16Codec {
   static constexpr bool kRaw = false;
   using Loaded = Granule<T, bf16>;
-  __device__ static void Encode(const Params&, std::byte* row, int granule, uint4 in, bool valid) {
-    const auto x = reinterpret_cast<const Granule<T, T>&>(in);
+  __device__ static void Encode(const Params&, std::byte* row, int granule, const Words<4>& in, bool valid) {
+    float x[kValues<T>];
+    Unpack<T>(x, in);
     Loaded out;
-#pragma unroll
-    for (int i = 0; i < kValues<T>; ++i) out.v[i] = FromFloat<bf16>(ToFloat(x.v[i]));
-    if (valid) StoreAs(row + granule * sizeof(Loaded), out);
+    Pack<bf16>(out, x);
+    if (valid) Store(row + granule * sizeof(Loaded), out);
   }
   __device__ static Loaded Load(const Params&, const std::byte* row, int granule) {
-    return LoadOnce<Loaded>(row + granule * sizeof(Loaded));
+    return LoadOnce<kWordsOf<T, bf16>>(row + granule * sizeof(Loaded));
   }
-  __device__ static uint4 Decode(const Params&, const Loaded& in) {
-    Granule<T, T> out;
-#pragma unroll
-    for (int i = 0; i < kValues<T>; ++i) out.v[i] = FromFloat<T>(ToFloat(in.v[i]));
-    return reinterpret_cast<uint4&>(out);
+  __device__ static Words<4> Decode(const Loaded& in) {
+    float x[kValues<T>];
+    Unpack<bf16>(x, in);
+    Words<4> out;
+    Pack<T>(out, x);
+    return out;
   }
 };
 
@@ -53,17 +55,18 @@ template <typename T>
 struct Fp8Codec {
   static constexpr bool kRaw = false;
   static constexpr int kLanes = kQuantBlock / kValues<T>;  // lanes that share a scale
-  using Bytes = Pack<uint8_t, kValues<T>>;
+  using Values = Granule<T, e4m3>;
   struct Loaded {
-    Bytes values;
+    Values values;
     float scale;
   };
   // Lanes of a warp hold neighbouring granules; a row is whole quantisation blocks.
-  __device__ static void Encode(const Params& p, std::byte* row, int granule, uint4 in, bool valid) {
-    const auto x = reinterpret_cast<const Granule<T, T>&>(in);
+  __device__ static void Encode(const Params& p, std::byte* row, int granule, const Words<4>& in, bool valid) {
+    float x[kValues<T>];
+    Unpack<T>(x, in);
     float amax = kAmaxFloor;
 #pragma unroll
-    for (int i = 0; i < kValues<T>; ++i) amax = fmaxf(amax, fabsf(ToFloat(x.v[i])));
+    for (int i = 0; i < kValues<T>; ++i) amax = fmaxf(amax, fabsf(x[i]));
 #pragma unroll
     for (int step = kLanes / 2; step > 0; step /= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, step));
     float scale = __fdiv_rn(kFp8Max, amax), inverse = __fmul_rn(amax, 1 / kFp8Max);
@@ -73,13 +76,12 @@ struct Fp8Codec {
       inverse = __uint_as_float(exponent << 23);
       scale = __uint_as_float((254 - exponent) << 23);
     }
-    Bytes out;
 #pragma unroll
-    for (int i = 0; i < kValues<T>; ++i) {
-      out.v[i] = __nv_cvt_float_to_fp8(__fmul_rn(ToFloat(x.v[i]), scale), __NV_SATFINITE, __NV_E4M3);
-    }
+    for (int i = 0; i < kValues<T>; ++i) x[i] = __fmul_rn(x[i], scale);
+    Values out;
+    Pack<e4m3>(out, x);
     if (!valid) return;
-    StoreAs(row + granule * sizeof(Bytes), out);
+    Store(row + granule * sizeof(Values), out);
     if (granule % kLanes) return;
     std::byte* scales = row + p.value_bytes;
     const int block = granule / kLanes;
@@ -94,42 +96,47 @@ struct Fp8Codec {
     const int block = granule / kLanes;
     const float scale = p.ue8m0 ? __uint_as_float(uint32_t(scales[block]) << 23)
                                 : reinterpret_cast<const float*>(scales)[block];
-    return {LoadOnce<Bytes>(row + granule * sizeof(Bytes)), scale};
+    return {LoadOnce<kWordsOf<T, e4m3>>(row + granule * sizeof(Values)), scale};
   }
-  __device__ static uint4 Decode(const Params&, const Loaded& in) {
-    Granule<T, T> out;
+  __device__ static Words<4> Decode(const Loaded& in) {
+    float x[kValues<T>];
+    Unpack<e4m3>(x, in.values);
 #pragma unroll
-    for (int i = 0; i < kValues<T>; ++i) {
-      const __half_raw half = __nv_cvt_fp8_to_halfraw(in.values.v[i], __NV_E4M3);
-      out.v[i] = FromFloat<T>(__fmul_rn(__half2float(__half(half)), in.scale));
-    }
-    return reinterpret_cast<uint4&>(out);
+    for (int i = 0; i < kValues<T>; ++i) x[i] = __fmul_rn(x[i], in.scale);
+    Words<4> out;
+    Pack<T>(out, x);
+    return out;
   }
 };
 
 // --- Sending tokens: every token is written once, into the message that all peers read. ---
 
 template <typename Codec>
-__global__ void __launch_bounds__(1024) SendTokensKernel(Params p, SendTokensArgs a) {
+__global__ void __launch_bounds__(1024) SendTokensKernel(const __grid_constant__ Params p, const __grid_constant__ SendTokensArgs a) {
   __shared__ Op op;
   const int G = p.granules, K = p.g.top_k, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  // The first token and its ids are on their way while the state is read.
-  uint4 first{};
+  DeviceState& state = p.control->state;
+  // The first token and its choices are on their way while the state is read.
+  Words<4> first{};
   int32_t first_id = -1;
+  float first_weight = 0;
   if (blockIdx.x < a.num_tokens) {
-    if (threadIdx.x < G) first = LoadOnce<uint4>(a.x + (uint64_t(blockIdx.x) * G + threadIdx.x) * 16);
-    if (threadIdx.x < K) first_id = a.ids[uint64_t(blockIdx.x) * K + threadIdx.x];
+    if (threadIdx.x < G) first = LoadOnce<4>(a.x + (uint64_t(blockIdx.x) * G + threadIdx.x) * 16);
+    if (threadIdx.x < K) {
+      first_id = a.ids[uint64_t(blockIdx.x) * K + threadIdx.x];
+      if (a.weights) first_weight = a.weights[uint64_t(blockIdx.x) * K + threadIdx.x];
+    }
   }
   const uint64_t begun_ns = Now();
   Begin(op, p, /*sending=*/true);
-  const bool last_head = PassHead(p);
+  const uint32_t head = PassHead(p);
   AwaitBank(op, p);
   if (op.bad) {
     if (a.clean_ids) {
       Fill(a.clean_ids, uint64_t(a.num_tokens) * K * sizeof(int32_t), 0xFFFFFFFFu);
       if (blockIdx.x == 0 && threadIdx.x == 0) *a.invalid_ids = 0;
     }
-    return EndSend(op, p, last_head, begun_ns);
+    return EndSend(op, p, head, begun_ns);
   }
   std::byte* message = op.outbox(p.g, op.region, op.rank);
   auto* sent_ids = reinterpret_cast<int32_t*>(message);
@@ -141,20 +148,22 @@ __global__ void __launch_bounds__(1024) SendTokensKernel(Params p, SendTokensArg
     for (int start = warp * kWarp; start < G; start += blockDim.x) {  // whole warps: lanes share scales
       const int granule = start + lane;
       const bool valid = granule < G;
-      uint4 in = first;
+      Words<4> in = first;
       if (t != blockIdx.x || start != warp * kWarp) {
-        in = valid ? LoadOnce<uint4>(a.x + (uint64_t(t) * G + granule) * 16) : uint4{};
+        in = valid ? LoadOnce<4>(a.x + (uint64_t(t) * G + granule) * 16) : Words<4>{};
       }
       Codec::Encode(p, row, granule, in, valid);
     }
     for (int k = threadIdx.x; k < K; k += blockDim.x) {
-      const int32_t id = t == blockIdx.x && k == threadIdx.x ? first_id : a.ids[uint64_t(t) * K + k];
+      const bool loaded = t == blockIdx.x && k == threadIdx.x;
+      const uint64_t at = uint64_t(t) * K + k;
+      const int32_t id = loaded ? first_id : a.ids[at];
       const bool slot = id >= 0 && id < num_slots;
       if (a.clean_ids) {
-        a.clean_ids[uint64_t(t) * K + k] = sent_ids[uint64_t(t) * K + k] = slot ? id : -1;
-        if (!slot && id != -1) atomicAdd(&p.state->invalid_now, 1u);
+        a.clean_ids[at] = sent_ids[at] = slot ? id : -1;
+        if (!slot && id != -1) atomicAdd(&state.invalid_now, 1u);
       }
-      if (a.weights) sent_weights[uint64_t(t) * K + k] = a.weights[uint64_t(t) * K + k];
+      if (a.weights) sent_weights[at] = loaded ? first_weight : a.weights[at];
     }
     if (op.num_put_peers && G) {
       __threadfence_system();
@@ -167,37 +176,34 @@ __global__ void __launch_bounds__(1024) SendTokensKernel(Params p, SendTokensArg
           routed |= id >= 0 && id < num_slots && id / p.g.experts_per_rank == r;
         }
         if (!__any_sync(kAllLanes, routed)) continue;
-        const uint64_t offset = uint64_t(op.inbox(p.g, op.region, op.rank) - op.region) + uint64_t(row - message);
-        Put<UCS_DEVICE_LEVEL_WARP>(op, p.state, r, row, offset, uint64_t(p.wire_bytes));
-        if (lane == 0) atomicAdd(&p.state->counters[r].bytes_out, (unsigned long long)p.wire_bytes);
+        const uint64_t offset = op.inbox_offset(p.g) + uint64_t(row - message);
+        Put<UCS_DEVICE_LEVEL_WARP>(op, state, r, row, offset, uint64_t(p.wire_bytes));
+        if (lane == 0) atomicAdd(&state.counters[r].bytes_out, (unsigned long long)p.wire_bytes);
       }
       __threadfence_system();
     }
   }
 
-  if (IsLast(op, &p.state->tails, gridDim.x)) {
-    if (threadIdx.x == 0 && a.clean_ids) {
-      const uint32_t invalid = atomicExch(&p.state->invalid_now, 0u);
-      *a.invalid_ids = int32_t(invalid);
-      p.state->invalid_ids += invalid;
-    }
+  if (IsLast(op, &state.tails, gridDim.x)) {
     for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
       if (op.live[r] && op.pointer[r]) SignalByPointer(op, p, r, a.num_tokens);
     }
+    if (threadIdx.x == blockDim.x - 1 && a.clean_ids) {
+      const uint32_t invalid = atomicExch(&state.invalid_now, 0u);
+      *a.invalid_ids = int32_t(invalid);
+      if (invalid) atomicAdd(&state.invalid_ids, (unsigned long long)invalid);
+    }
     if (op.num_put_peers) {
-      __threadfence_system();
-      __syncthreads();
-      const uint64_t offset = uint64_t(op.inbox(p.g, op.region, op.rank) - op.region);
-      const uint64_t table_bytes = uint64_t(a.num_tokens) * K * sizeof(int32_t);
+      const uint64_t offset = op.inbox_offset(p.g), table_bytes = uint64_t(a.num_tokens) * K * sizeof(int32_t);
       for (int r = warp; r < p.g.max_ranks; r += blockDim.x / kWarp) {
         if (op.pointer[r] || !op.live[r]) continue;
-        if (a.clean_ids) Put<UCS_DEVICE_LEVEL_WARP>(op, p.state, r, message, offset, table_bytes);
-        if (a.weights) Put<UCS_DEVICE_LEVEL_WARP>(op, p.state, r, message + p.g.second, offset + p.g.second, table_bytes);
+        if (a.clean_ids) Put<UCS_DEVICE_LEVEL_WARP>(op, state, r, message, offset, table_bytes);
+        if (a.weights) Put<UCS_DEVICE_LEVEL_WARP>(op, state, r, message + p.g.second, offset + p.g.second, table_bytes);
         SignalByPut(op, p, r, a.num_tokens);
       }
     }
   }
-  EndSend(op, p, last_head, begun_ns);
+  EndSend(op, p, head, begun_ns);
 }
 
 // --- The routing plan: which row each choice gets. ---
@@ -241,8 +247,9 @@ __device__ void PickChunk(const Op& op, const Params& p, const Plan& plan, int c
     if (K % 4 == 0) {
 #pragma unroll 4
       for (int k = 0; k < K; k += 4) {
-        const int4 four = LoadOnce<int4>(reinterpret_cast<const std::byte*>(ids + k));
-        choose(four.x), choose(four.y), choose(four.z), choose(four.w);
+        const Words<4> four = LoadOnce<4>(reinterpret_cast<const std::byte*>(ids + k));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) choose(int32_t(four.w[i]));
       }
     } else {
       for (int k = 0; k < K; ++k) choose(ids[k]);
@@ -279,30 +286,29 @@ __device__ void FinishPlan(const Params& p, const Plan& plan, int64_t num_rows) 
   }
   __syncthreads();
   if (warp == 0) {
-    auto total = [&](int64_t limit) {
-      int64_t sum = 0;
-      for (int e = lane; e < E; e += kWarp) sum += min(int64_t(plan.demand[e]), limit);
-      for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-      return sum;
+    auto total = [&](int limit) {
+      int sum = 0;
+      for (int e = lane; e < E; e += kWarp) sum += min(plan.demand[e], limit);
+      return __reduce_add_sync(kAllLanes, sum);
     };
     // The largest equal limit that fits; what is left over goes, one row each, to the first experts above it.
-    int64_t limit = int64_t(1) << 31, left = 0;
-    if (total(limit) > num_rows) {
-      int64_t low = 0, high = num_rows + 1;
+    const int demand = total(INT_MAX);
+    int limit = INT_MAX, left = 0;
+    if (demand > num_rows) {
+      int low = 0, high = int(num_rows) + 1;
       while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
+        const int middle = low + (high - low) / 2;
         (total(middle) <= num_rows ? low : high) = middle;
       }
       limit = low;
-      left = num_rows - total(limit);
+      left = int(num_rows) - total(limit);
     }
     int next = 0, extras = 0;
     for (int e0 = 0; e0 < E; e0 += kWarp) {
-      const int e = e0 + lane;
-      const int64_t demand = e < E ? plan.demand[e] : 0;
-      const unsigned above = __ballot_sync(kAllLanes, demand > limit);
-      const int rank = extras + __popc(above & ((1u << lane) - 1));
-      const int kept = int(demand > limit ? limit + (rank < left) : demand);
+      const int e = e0 + lane, wanted = e < E ? plan.demand[e] : 0;
+      const unsigned above = __ballot_sync(kAllLanes, wanted > limit);
+      const int before = extras + __popc(above & ((1u << lane) - 1));
+      const int kept = wanted > limit ? limit + (before < left) : wanted;
       extras += __popc(above);
       int sum = kept;
 #pragma unroll
@@ -313,44 +319,45 @@ __device__ void FinishPlan(const Params& p, const Plan& plan, int64_t num_rows) 
       if (e < E) plan.kept[e] = kept, plan.base[e] = next + sum - kept;
       next += __shfl_sync(kAllLanes, sum, kWarp - 1);
     }
+    if (lane == 0) plan.base[E] = next, plan.demand[E] = demand;  // the strides have room for one more
   }
   __syncthreads();
 }
 
 __device__ int UsedRows(const Params& p, const Plan& plan) {
-  const int last = p.g.experts_per_rank - 1;
-  return plan.base[last] + plan.kept[last];
+  return plan.base[p.g.experts_per_rank];
 }
 
 // The small outputs. One block.
+__device__ void ReportPeers(const Op& op, const Params& p, int32_t* peers) {
+  for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
+    peers[r] = op.live[r] ? 0 : p.control->state.peers[r].masked == op.stamp ? 2 : 1;
+  }
+}
 __device__ void ReportPlan(const Op& op, const Params& p, const Plan& plan, const ReceiveTokensArgs& a) {
   for (int e = threadIdx.x; e < p.g.experts_per_rank; e += blockDim.x) {
     a.group_sizes[e] = plan.kept[e];
     a.demand[e] = plan.demand[e];
   }
-  for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-    a.peers[r] = op.live[r] ? 0 : p.state->peers[r].masked == op.stamp ? 2 : 1;
-  }
+  ReportPeers(op, p, a.peers);
   if (threadIdx.x == 0) {
-    int64_t demand = 0;
-    for (int e = 0; e < p.g.experts_per_rank; ++e) demand += plan.demand[e];
-    const int dropped = int(demand - UsedRows(p, plan));
+    const int dropped = plan.demand[p.g.experts_per_rank] - UsedRows(p, plan);
     *a.dropped = dropped;
-    p.state->dropped_rows += dropped;
+    if (dropped) atomicAdd(&p.control->state.dropped_rows, (unsigned long long)dropped);
   }
 }
 
-__global__ void __launch_bounds__(kMoveThreads) PlanKernel(Params p, ReceiveTokensArgs a) {
+__global__ void __launch_bounds__(kMoveThreads) PlanKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveTokensArgs a) {
   __shared__ Op op;
   Begin(op, p, /*sending=*/false);
   AwaitAll(op, p);
   if (op.bad) return;  // the kernel that follows comes to the same end
-  const Plan plan(p.g, p.state->scratch);
+  const Plan plan(p.g, p.control->state.scratch);
   const int words = (p.g.experts_per_rank + kWarp - 1) / kWarp, warps = blockDim.x / kWarp;
   for (int i = blockIdx.x * warps + threadIdx.x / kWarp; i < plan.chunks * words; i += gridDim.x * warps) {
     PickChunk(op, p, plan, i / words, i % words);
   }
-  if (IsLast(op, &p.state->tails, gridDim.x)) {
+  if (IsLast(op, &p.control->state.tails, gridDim.x)) {
     FinishPlan(p, plan, a.num_rows);
     ReportPlan(op, p, plan, a);
   }
@@ -359,16 +366,34 @@ __global__ void __launch_bounds__(kMoveThreads) PlanKernel(Params p, ReceiveToke
 // --- Receiving tokens ---
 
 template <typename Codec, bool kPlanned>
-__global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveTokensKernel(Params p, ReceiveTokensArgs a) {
+__global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveTokensKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveTokensArgs a) {
   extern __shared__ std::byte dynamic[];
   __shared__ Op op;
   __shared__ uint32_t taken[kMaxRanks];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int R = p.g.max_ranks, T = p.g.max_tokens, K = p.g.top_k, E = p.g.experts_per_rank, G = p.granules;
+  const int segments = (G + kWarp * kUnroll - 1) / (kWarp * kUnroll);
+  const int first_unit = blockIdx.x * warps + warp, num_units = R * T * segments, step = gridDim.x * warps;
   Begin(op, p, /*sending=*/false);
   for (int r = threadIdx.x; r < R; r += blockDim.x) taken[r] = 0;
+  if (!op.bad) {  // what will be wanted first, while the signals are looked at
+    if (!kPlanned) {
+      const int lines = (T * K * int(sizeof(int32_t)) + 127) / 128;
+      for (int i = threadIdx.x; i < R * lines; i += blockDim.x) {
+        if (op.live[i / lines]) Prefetch(TokensOf(op, p, i / lines) + i % lines * 128);
+      }
+    }
+    if (first_unit < num_units) {
+      const int r = first_unit / segments / T, t = first_unit / segments % T;
+      const int bytes = min(p.value_bytes, (first_unit % segments + 1) * kWarp * kUnroll * 16);
+      const int at = (first_unit % segments) * kWarp * kUnroll * 16 + lane * 128;
+      if (op.live[r] && lane < kUnroll * 4 && at < bytes) {
+        Prefetch(TokensOf(op, p, r) + p.g.rows + uint64_t(t) * p.g.row_bytes + at);
+      }
+    }
+  }
   AwaitAll(op, p);
-  if (op.bad) {
+  auto poison = [&] {
     Fill(a.rows, a.num_rows * p.row_bytes, 0xFFFFFFFFu);
     Fill(a.scales, a.num_rows * p.scale_bytes, 0xFFFFFFFFu);
     Fill(a.row_weights, a.num_rows * sizeof(float), 0xFFFFFFFFu);
@@ -376,25 +401,22 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveToke
     Fill(a.demand, E * sizeof(int32_t), 0);
     Fill(a.row_of, uint64_t(R) * T * K * sizeof(int32_t), 0xFFFFFFFFu);
     Fill(a.dropped, sizeof(int32_t), 0);
-    if (blockIdx.x == 0) {
-      for (int r = threadIdx.x; r < R; r += blockDim.x) {
-        a.peers[r] = op.live[r] ? 0 : p.state->peers[r].masked == op.stamp ? 2 : 1;
-      }
-    }
-    return EndReceive(op, p, true);
+    if (blockIdx.x == 0) ReportPeers(op, p, a.peers);
+  };
+  if (op.bad) {
+    poison();
+    EndReceive(op, p, true);
+    return;
   }
-  const Plan plan(p.g, kPlanned ? p.state->scratch : dynamic);
+  const Plan plan(p.g, kPlanned ? p.control->state.scratch : dynamic);
   const int words = (E + kWarp - 1) / kWarp;
   if constexpr (!kPlanned) {
     for (int i = warp; i < plan.chunks * words; i += warps) PickChunk(op, p, plan, i / words, i % words);
     __syncthreads();
     FinishPlan(p, plan, a.num_rows);
-    if (blockIdx.x == 0) ReportPlan(op, p, plan, a);
   }
 
   // Each token is read once and stored to all its rows.
-  const int segments = (G + kWarp * kUnroll - 1) / (kWarp * kUnroll);
-  const int first_unit = blockIdx.x * warps + warp, num_units = R * T * segments, step = gridDim.x * warps;
   for (int unit = first_unit; unit < num_units; unit += step) {
     const int segment = unit % segments, r = unit / segments / T, t = unit / segments % T;
     if (t >= op.tokens[r]) continue;
@@ -426,7 +448,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveToke
         std::byte* out = a.rows + uint64_t(__shfl_sync(kAllLanes, row, __ffs(rows) - 1)) * p.row_bytes;
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
-          if (start + u * kWarp < G) StoreAs(out + (start + u * kWarp) * 16, Codec::Decode(p, loaded[u]));
+          if (start + u * kWarp < G) Store(out + (start + u * kWarp) * 16, Codec::Decode(loaded[u]));
         }
         if (Codec::kRaw && a.scales && segment == 0) {
           const uint64_t index = uint64_t(out - a.rows) / p.row_bytes;
@@ -436,7 +458,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveToke
             for (int i = lane; i < p.scale_bytes; i += kWarp) to[i] = from[i];
           } else {
             for (int i = lane; i < p.scale_bytes / 4; i += kWarp) {
-              StoreAs(to + i * 4, LoadOnce<uint32_t>(from + i * 4));
+              Store(to + i * 4, LoadOnce<1>(from + i * 4));
             }
           }
         }
@@ -444,8 +466,8 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveToke
     }
   }
 
-  // The handle: rows of each choice, and the weights of each row.
-  for (int unit = first_unit; unit < R * T; unit += step) {
+  // The handle: rows of each choice, and the weights of each row. The last warps begin: they may have had no token.
+  for (int unit = step - 1 - first_unit; unit < R * T; unit += step) {
     const int r = unit / T, t = unit % T;
     int32_t* rows = a.row_of + uint64_t(unit) * K;
     if (t >= op.tokens[r]) {
@@ -456,8 +478,10 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveToke
     const auto* ids = reinterpret_cast<const int32_t*>(message) + uint64_t(t) * K;
     const auto* weights = reinterpret_cast<const float*>(message + p.g.second) + uint64_t(t) * K;
     const int bit = t % kWarp;
-    for (int k = lane; k < K; k += kWarp) {
-      const int32_t id = ids[k];
+    for (int k0 = 0; k0 < K; k0 += kWarp) {
+      const int k = k0 + lane;
+      const int32_t id = k < K ? ids[k] : -1;
+      const float weight = k < K && a.weighted ? weights[k] : 1.0f;
       const int e = id - op.rank * E;
       int row = -1;
       if (id >= 0 && e >= 0 && e < E) {
@@ -465,32 +489,40 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveToke
         const int position = plan.before[at] + __popc(plan.picked[at] & ((1u << bit) - 1));
         if (position < plan.kept[e]) row = plan.base[e] + position;
       }
-      rows[k] = row;
-      if (row < 0) continue;
+      if (k < K) rows[k] = row;
+      // A repeated id is one row, with the sum of its weights in the order of the choices.
       float sum = 0;
       int leader = K;
-      for (int j = 0; j < K; ++j) {  // a repeated id is one row, with the sum of its weights
-        if (ids[j] != id) continue;
-        leader = min(leader, j);
-        if (a.weighted) sum = __fadd_rn(sum, weights[j]);
+      for (int j0 = 0; j0 < K; j0 += kWarp) {
+        const int j = j0 + lane;
+        const int32_t other = j0 == k0 ? id : j < K ? ids[j] : -1;
+        const float other_weight = j0 == k0 ? weight : j < K && a.weighted ? weights[j] : 1.0f;
+        for (int i = 0; i < min(kWarp, K - j0); ++i) {
+          const int32_t id_i = __shfl_sync(kAllLanes, other, i);
+          const float weight_i = __shfl_sync(kAllLanes, other_weight, i);
+          if (id_i != id) continue;
+          leader = min(leader, j0 + i);
+          sum = __fadd_rn(sum, weight_i);
+        }
       }
-      if (leader == k) a.row_weights[row] = a.weighted ? sum : 1.0f;
+      if (row >= 0 && leader == k) a.row_weights[row] = a.weighted ? sum : 1.0f;
     }
   }
+  if (!kPlanned && blockIdx.x == gridDim.x - 1) ReportPlan(op, p, plan, a);
   const int64_t used = UsedRows(p, plan), spare = a.num_rows - used;
   Fill(a.rows + used * p.row_bytes, spare * p.row_bytes, 0);
   Fill(a.row_weights + used, spare * sizeof(float), 0);
   if (a.scales) Fill(a.scales + used * p.scale_bytes, spare * p.scale_bytes, 0);
   __syncthreads();
   for (int r = threadIdx.x; r < R; r += blockDim.x) {
-    if (taken[r]) atomicAdd(&p.state->counters[r].bytes_in, (unsigned long long)taken[r] * p.wire_bytes);
+    if (taken[r]) atomicAdd(&p.control->state.counters[r].bytes_in, (unsigned long long)taken[r] * p.wire_bytes);
   }
-  EndReceive(op, p, true);
+  if (!EndReceive(op, p, true)) poison();
 }
 
 // Rows, or weights only, along the handle of an earlier dispatch.
 template <typename Codec>
-__global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveAlongKernel(Params p, ReceiveAlongArgs a) {
+__global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveAlongKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveAlongArgs a) {
   __shared__ Op op;
   __shared__ int used;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -503,13 +535,17 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveAlon
     for (int i = threadIdx.x; i < R * T * K; i += blockDim.x) most = max(most, a.row_of[i] + 1);
     atomicMax(&used, most);
     __syncthreads();
-    if (threadIdx.x == 0 && used > a.num_rows) Fail(op, p.state, p.g, p.tag, Failure::kBadHandle, op.rank);
+    if (threadIdx.x == 0 && used > a.num_rows) Fail(op, p, Failure::kBadHandle, op.rank);
     __syncthreads();
   }
-  if (op.bad) {
+  auto poison = [&] {
     Fill(a.rows, a.num_rows * p.row_bytes, 0xFFFFFFFFu);
     Fill(a.row_weights, a.num_rows * sizeof(float), 0xFFFFFFFFu);
-    return EndReceive(op, p, true);
+  };
+  if (op.bad) {
+    poison();
+    EndReceive(op, p, true);
+    return;
   }
   const int segments = max(1, (G + kWarp * kUnroll - 1) / (kWarp * kUnroll));
   for (int unit = blockIdx.x * warps + warp; unit < R * T * segments; unit += gridDim.x * warps) {
@@ -548,7 +584,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveAlon
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
           if (start + u * kWarp < G) {
-            StoreAs(out + (start + u * kWarp) * 16, sent ? Codec::Decode(p, loaded[u]) : uint4{});
+            Store(out + (start + u * kWarp) * 16, sent ? Codec::Decode(loaded[u]) : Words<4>{});
           }
         }
       }
@@ -556,45 +592,60 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveAlon
   }
   Fill(a.rows + uint64_t(used) * p.row_bytes, uint64_t(a.num_rows - used) * p.row_bytes, 0);
   if (a.row_weights) Fill(a.row_weights + used, uint64_t(a.num_rows - used) * sizeof(float), 0);
-  EndReceive(op, p, true);
+  if (!EndReceive(op, p, true)) poison();
 }
 
 // --- Sums of rows, back to the tokens ---
 
-// Blocks of one blockIdx.y serve one destination: rank + y.
+// Blocks of one blockIdx.y serve one destination.
+#ifndef KSU
+#define KSU 2
+#define KSR 4
+#define KSB 3
+#endif
+constexpr int kSumUnroll = KSU, kSumRows = KSR;  // granules of a row, and rows, that a lane has in flight
+
 template <typename T_, typename W>
-__global__ void __launch_bounds__(kSumThreads, 2) SendSumsKernel(Params p, SendSumsArgs a) {
+__global__ void __launch_bounds__(kSumThreads, KSB) SendSumsKernel(const __grid_constant__ Params p, const __grid_constant__ SendSumsArgs a) {
   constexpr int V = kValues<T_>;
   __shared__ Op op;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int T = p.g.max_tokens, K = p.g.top_k, G = p.granules;
+  const int T = p.g.max_tokens, K = p.g.top_k, G = p.granules, to = blockIdx.y;
+  const int segments = max(1, (G + kWarp * kSumUnroll - 1) / (kWarp * kSumUnroll));
+  const int first_unit = blockIdx.x * warps + warp, step = gridDim.x * warps;
+  DeviceState& state = p.control->state;
+  auto choices_of = [&](int t) { return a.row_of + (uint64_t(to) * T + t) * K; };
+  // The first choices are on their way while the state is read.
+  int next_row = first_unit / segments < T && lane < K ? choices_of(first_unit / segments)[lane] : -1;
   const uint64_t begun_ns = Now();
   Begin(op, p, /*sending=*/true);
-  const bool last_head = PassHead(p);
+  const uint32_t head = PassHead(p);
   AwaitBank(op, p);
-  const int to = (op.rank + blockIdx.y) % p.g.max_ranks;
-  if (op.bad || !op.live[to]) return EndSend(op, p, last_head, begun_ns);
+  if (op.bad || !op.live[to]) return EndSend(op, p, head, begun_ns);
 
   const bool by_put = op.pointer[to] == nullptr;
   std::byte* message = by_put ? op.outbox(p.g, op.region, to) : op.inbox(p.g, op.pointer[to], op.rank);
   auto* present = reinterpret_cast<int32_t*>(message);
   auto* scalars = reinterpret_cast<float*>(message + p.g.second);
-  const int segments = max(1, (G + kWarp * kUnroll - 1) / (kWarp * kUnroll));
   const int parts = by_put ? 1 : segments;  // a put moves whole rows
+  if (by_put) next_row = first_unit < T && lane < K ? choices_of(first_unit)[lane] : -1;
   uint32_t sent = 0;
-  for (int unit = blockIdx.x * warps + warp; unit < T * parts; unit += gridDim.x * warps) {
+  for (int unit = first_unit; unit < T * parts; unit += step) {
     const int t = unit / parts, first_segment = unit % parts, last_segment = by_put ? segments : first_segment + 1;
-    const int32_t* choices = a.row_of + (uint64_t(to) * T + t) * K;
+    const int32_t* choices = choices_of(t);
+    const int this_row = next_row;
+    const int next_t = (unit + step) / parts;
+    if (next_t < T) next_row = lane < K ? choices_of(next_t)[lane] : -1;
     std::byte* out = message + p.g.rows + uint64_t(t) * p.g.row_bytes;
     bool any = false;
     for (int segment = first_segment; segment < last_segment; ++segment) {
-      const int start = segment * kWarp * kUnroll + lane;
-      float sum[kUnroll][V] = {};
+      const int start = segment * kWarp * kSumUnroll + lane;
+      float sum[kSumUnroll][V] = {};
       for (int k0 = 0; k0 < K; k0 += kWarp) {
         const int k = k0 + lane;
-        int row = k < K ? choices[k] : -1;
+        int row = k0 == 0 ? this_row : k < K ? choices[k] : -1;
         if (row >= a.num_rows) {
-          Fail(op, p.state, p.g, p.tag, Failure::kBadHandle, op.rank);
+          Fail(op, p, Failure::kBadHandle, op.rank);
           row = -1;
         }
         any |= row >= 0;
@@ -606,27 +657,31 @@ __global__ void __launch_bounds__(kSumThreads, 2) SendSumsKernel(Params p, SendS
         for (int j = 0; j < k0 && leads; ++j) leads = choices[j] != row;
         const float weight = leads && G ? a.row_weights[row] : 0;
         for (unsigned leaders = __ballot_sync(kAllLanes, leads && G); leaders;) {
-          const int lane0 = __ffs(leaders) - 1;
-          leaders &= leaders - 1;
-          const bool two = leaders != 0;
-          const int lane1 = two ? __ffs(leaders) - 1 : lane0;
-          leaders &= leaders - 1;
-          const std::byte* row0 = a.rows + uint64_t(__shfl_sync(kAllLanes, row, lane0)) * p.row_bytes;
-          const std::byte* row1 = a.rows + uint64_t(__shfl_sync(kAllLanes, row, lane1)) * p.row_bytes;
-          const float weight0 = __shfl_sync(kAllLanes, weight, lane0), weight1 = __shfl_sync(kAllLanes, weight, lane1);
-          Granule<T_, T_> x0[kUnroll], x1[kUnroll];
+          Words<4> x[kSumRows][kSumUnroll];
+          int from[kSumRows];
 #pragma unroll
-          for (int u = 0; u < kUnroll; ++u) {
-            if (start + u * kWarp >= G) continue;
-            x0[u] = LoadOnce<Granule<T_, T_>>(row0 + (start + u * kWarp) * 16);
-            if (two) x1[u] = LoadOnce<Granule<T_, T_>>(row1 + (start + u * kWarp) * 16);
+          for (int i = 0; i < kSumRows; ++i) {
+            from[i] = leaders ? __ffs(leaders) - 1 : -1;
+            leaders &= leaders - 1;
+            if (from[i] < 0) continue;
+            const std::byte* in = a.rows + uint64_t(__shfl_sync(kAllLanes, row, from[i])) * p.row_bytes;
+#pragma unroll
+            for (int u = 0; u < kSumUnroll; ++u) {
+              if (start + u * kWarp < G) x[i][u] = LoadOnce<4>(in + (start + u * kWarp) * 16);
+            }
           }
 #pragma unroll
-          for (int u = 0; u < kUnroll; ++u) {
+          for (int i = 0; i < kSumRows; ++i) {
+            if (from[i] < 0) continue;
+            const float scale = __shfl_sync(kAllLanes, weight, from[i]);  // after the loads: it is one, too
 #pragma unroll
-            for (int i = 0; i < V; ++i) {  // a product, then an addition: the bits of the CPU
-              sum[u][i] = __fadd_rn(sum[u][i], __fmul_rn(weight0, ToFloat(x0[u].v[i])));
-              if (two) sum[u][i] = __fadd_rn(sum[u][i], __fmul_rn(weight1, ToFloat(x1[u].v[i])));
+            for (int u = 0; u < kSumUnroll; ++u) {
+              float values[V];
+              Unpack<T_>(values, x[i][u]);
+#pragma unroll
+              for (int v = 0; v < V; ++v) {  // a product, then an addition: the bits of the CPU
+                sum[u][v] = __fadd_rn(sum[u][v], __fmul_rn(scale, values[v]));
+              }
             }
           }
         }
@@ -635,12 +690,11 @@ __global__ void __launch_bounds__(kSumThreads, 2) SendSumsKernel(Params p, SendS
       if (segment == 0 && lane == 0) present[t] = any;
       if (!any) break;
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
+      for (int u = 0; u < kSumUnroll; ++u) {
         if (start + u * kWarp >= G) continue;
         Granule<T_, W> y;
-#pragma unroll
-        for (int i = 0; i < V; ++i) y.v[i] = FromFloat<W>(sum[u][i]);
-        StoreAs(out + (start + u * kWarp) * sizeof(y), y);
+        Pack<W>(y, sum[u]);
+        Store(out + (start + u * kWarp) * sizeof(y), y);
       }
     }
     if (!any) continue;
@@ -648,45 +702,58 @@ __global__ void __launch_bounds__(kSumThreads, 2) SendSumsKernel(Params p, SendS
     if (by_put && G) {
       __threadfence_system();
       __syncwarp();
-      const uint64_t offset = uint64_t(op.inbox(p.g, op.region, op.rank) - op.region) + uint64_t(out - message);
-      Put<UCS_DEVICE_LEVEL_WARP>(op, p.state, to, out, offset, uint64_t(p.wire_bytes));
+      Put<UCS_DEVICE_LEVEL_WARP>(op, state, to, out, op.inbox_offset(p.g) + uint64_t(out - message),
+                                 uint64_t(p.wire_bytes));
       __threadfence_system();
     }
   }
   if (lane == 0 && sent && to != op.rank) {
-    atomicAdd(&p.state->counters[to].bytes_out, (unsigned long long)sent * p.wire_bytes);
+    atomicAdd(&state.counters[to].bytes_out, (unsigned long long)sent * p.wire_bytes);
   }
-  if (IsLast(op, &p.state->arrivals[to], gridDim.x)) {
+  if (IsLast(op, &state.arrivals[to], gridDim.x)) {
     if (!by_put && threadIdx.x == 0) SignalByPointer(op, p, to, a.num_tokens);
     if (by_put && warp == 0) {
-      __threadfence_system();
-      const uint64_t offset = uint64_t(op.inbox(p.g, op.region, op.rank) - op.region);
-      Put<UCS_DEVICE_LEVEL_WARP>(op, p.state, to, message, offset, T * sizeof(int32_t));
+      const uint64_t offset = op.inbox_offset(p.g);
+      Put<UCS_DEVICE_LEVEL_WARP>(op, state, to, message, offset, T * sizeof(int32_t));
       if (a.row_scalars) {
-        Put<UCS_DEVICE_LEVEL_WARP>(op, p.state, to, message + p.g.second, offset + p.g.second,
+        Put<UCS_DEVICE_LEVEL_WARP>(op, state, to, message + p.g.second, offset + p.g.second,
                                    uint64_t(T) * K * sizeof(float));
       }
       SignalByPut(op, p, to, a.num_tokens);
     }
   }
-  EndSend(op, p, last_head, begun_ns);
+  EndSend(op, p, head, begun_ns);
 }
 
 template <typename T_, typename W>
-__global__ void __launch_bounds__(kSumThreads, 4) ReceiveSumsKernel(Params p, ReceiveSumsArgs a) {
+__global__ void __launch_bounds__(kSumThreads, 4) ReceiveSumsKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveSumsArgs a) {
   constexpr int V = kValues<T_>, kGranules = 1, kRows = 4;  // more rows at once rather than more of each
   __shared__ Op op;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int R = p.g.max_ranks, K = p.g.top_k, G = p.granules;
+  const int segments = max(1, (G + kWarp * kGranules - 1) / (kWarp * kGranules));
+  const int first_unit = blockIdx.x * warps + warp;
   Begin(op, p, /*sending=*/false);
+  if (!op.bad && first_unit < a.num_tokens * segments) {  // what will be wanted, while the signals are looked at
+    const int t = first_unit / segments, bytes = kWarp * int(sizeof(Granule<T_, W>));
+    for (int r = lane; r < R; r += kWarp) {
+      if (!op.live[r]) continue;
+      const std::byte* message = op.inbox(p.g, op.region, r);
+      Prefetch(message + t * sizeof(int32_t));
+      const std::byte* row = message + p.g.rows + uint64_t(t) * p.g.row_bytes;
+      for (int at = 0; at < bytes && first_unit % segments * bytes + at < p.wire_bytes; at += 128) {
+        Prefetch(row + first_unit % segments * bytes + at);
+      }
+    }
+  }
   AwaitAll(op, p);
   if (op.bad) {
     Fill(a.y, uint64_t(a.num_tokens) * p.row_bytes, 0xFFFFFFFFu);
     Fill(a.scalars, uint64_t(a.num_tokens) * K * sizeof(float), 0xFFFFFFFFu);
-    return EndReceive(op, p, false);
+    EndReceive(op, p, false);
+    return;
   }
-  const int segments = max(1, (G + kWarp * kGranules - 1) / (kWarp * kGranules));
-  for (int unit = blockIdx.x * warps + warp; unit < a.num_tokens * segments; unit += gridDim.x * warps) {
+  for (int unit = first_unit; unit < a.num_tokens * segments; unit += gridDim.x * warps) {
     const int t = unit / segments, segment = unit % segments, granule = segment * kWarp + lane;
     float sum[V] = {};
     for (int r0 = 0; r0 < R; r0 += kWarp) {
@@ -706,7 +773,7 @@ __global__ void __launch_bounds__(kSumThreads, 4) ReceiveSumsKernel(Params p, Re
           }
         }
         if (present && r != op.rank) {
-          atomicAdd(&p.state->counters[r].bytes_in, (unsigned long long)p.wire_bytes);
+          atomicAdd(&p.control->state.counters[r].bytes_in, (unsigned long long)p.wire_bytes);
         }
       }
       if (granule >= G) continue;
@@ -717,54 +784,44 @@ __global__ void __launch_bounds__(kSumThreads, 4) ReceiveSumsKernel(Params p, Re
         for (int i = 0; i < kRows; ++i) {
           if (!ranks) continue;
           const std::byte* message = op.inbox(p.g, op.region, r0 + __ffs(ranks) - 1);
-          x[i] = LoadOnce<Granule<T_, W>>(message + p.g.rows + uint64_t(t) * p.g.row_bytes + granule * sizeof(x[0]));
+          x[i] = LoadOnce<kWordsOf<T_, W>>(message + p.g.rows + uint64_t(t) * p.g.row_bytes + granule * sizeof(x[0]));
           ranks &= ranks - 1;
           ++count;
         }
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
           if (i >= count) continue;
+          float values[V];
+          Unpack<W>(values, x[i]);
 #pragma unroll
-          for (int v = 0; v < V; ++v) sum[v] = __fadd_rn(sum[v], ToFloat(x[i].v[v]));
+          for (int v = 0; v < V; ++v) sum[v] = __fadd_rn(sum[v], values[v]);
         }
       }
     }
     if (granule >= G) continue;
-    Granule<T_, T_> y;
-#pragma unroll
-    for (int v = 0; v < V; ++v) y.v[v] = FromFloat<T_>(sum[v]);
-    StoreAs(a.y + (uint64_t(t) * G + granule) * 16, y);
+    Words<4> y;
+    Pack<T_>(y, sum);
+    Store(a.y + (uint64_t(t) * G + granule) * 16, y);
   }
   EndReceive(op, p, false);
 }
 
-__global__ void FindPointersKernel(void* view, int max_ranks, const uint32_t* wanted, std::byte** pointers) {
-  for (int r = threadIdx.x; r < max_ranks; r += blockDim.x) {
+__global__ void FindPointersKernel(void* view, int num_rows, const uint32_t* wanted, std::byte** pointers) {
+  for (int i = threadIdx.x; i < num_rows; i += blockDim.x) {
     void* pointer = nullptr;
     auto* list = static_cast<ucp_device_remote_mem_list_h>(view);
-    if (wanted[r] && list->version == UCP_DEVICE_MEM_LIST_VERSION_V1) {
-      if (ucp_device_get_ptr(list, unsigned(r), &pointer) != UCS_OK) pointer = nullptr;
+    if (wanted[i] && list->version == UCP_DEVICE_MEM_LIST_VERSION_V1) {
+      if (ucp_device_get_ptr(list, unsigned(i), &pointer) != UCS_OK) pointer = nullptr;
     }
-    pointers[r] = static_cast<std::byte*>(pointer);
+    pointers[i] = static_cast<std::byte*>(pointer);
   }
 }
 
-__global__ void NotifyKernel(DeviceState* state, Notice notice) {
-  const Geometry& g = state->geometry;
-  NoticeCell* own = Op::notice(g, state->region, state->rank);
-  StoreRelaxed(&own->notice, uint32_t(notice));
-  __threadfence_system();
-  for (int r = 0; r < g.max_ranks; ++r) {
-    const PeerState_& peer = state->peers[r];
-    if (r == state->rank || !peer.member || peer.masked) continue;
-    if (peer.pointer) {
-      StoreRelaxed(&Op::notice(g, peer.pointer, state->rank)->notice, uint32_t(notice));
-    } else {
-      Op op;
-      op.region = state->region;
-      Put<UCS_DEVICE_LEVEL_THREAD>(op, state, r, reinterpret_cast<std::byte*>(own),
-                                   g.notices + uint64_t(state->rank) * kAlign, sizeof(uint32_t));
-    }
+__global__ void NotifyKernel(const __grid_constant__ Params p, Notice notice) {
+  __shared__ Op op;
+  Begin(op, p, /*sending=*/true);
+  for (int r = 0; r < p.g.max_ranks; ++r) {
+    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, uint32_t(notice));
   }
 }
 
@@ -777,7 +834,7 @@ Params MakeParams(const Launch& l) {
   const RowFormat& f = l.format;
   const bool raw = f.wire == Wire::kSame || (f.wire == Wire::kFp8 && !f.dequantize);
   Params p{};
-  p.state = l.state;
+  p.control = l.control;
   p.g = l.geometry;
   p.tag = l.tag;
   p.ticket = l.ticket;
@@ -871,8 +928,8 @@ void ReceiveAlong(const Launch& l, const ReceiveAlongArgs& a) {
 
 void SendSums(const Launch& l, const SendSumsArgs& a) {
   const Params p = MakeParams(l);
-  const int64_t segments = std::max<int64_t>(1, (p.granules + kWarp * kUnroll - 1) / (kWarp * kUnroll));
-  const int most = std::max(1, l.num_sms * 3 / l.geometry.max_ranks);
+  const int64_t segments = std::max<int64_t>(1, (p.granules + kWarp * kSumUnroll - 1) / (kWarp * kSumUnroll));
+  const int most = std::max(1, l.num_sms * KSB / l.geometry.max_ranks);
   const dim3 blocks(Blocks(l.geometry.max_tokens * segments, kSumThreads / kWarp, most), l.geometry.max_ranks);
   WithSumTypes(l.format, [&](auto token, auto wire) {
     SendSumsKernel<typename decltype(token)::type, typename decltype(wire)::type>
@@ -890,14 +947,17 @@ void ReceiveSums(const Launch& l, const ReceiveSumsArgs& a) {
   });
 }
 
-cudaError_t FindPointers(void* remote_view, int max_ranks, const uint32_t* wanted, std::byte** pointers,
+cudaError_t FindPointers(void* remote_view, int num_rows, const uint32_t* wanted, std::byte** pointers,
                          cudaStream_t stream) {
-  FindPointersKernel<<<1, kWarp, 0, stream>>>(remote_view, max_ranks, wanted, pointers);
+  FindPointersKernel<<<1, kWarp, 0, stream>>>(remote_view, num_rows, wanted, pointers);
   return cudaGetLastError();
 }
 
-cudaError_t Notify(DeviceState* state, Notice notice, cudaStream_t stream) {
-  NotifyKernel<<<1, 1, 0, stream>>>(state, notice);
+cudaError_t Notify(Control* control, const Geometry& geometry, Notice notice, cudaStream_t stream) {
+  Params p{};
+  p.control = control;
+  p.g = geometry;
+  NotifyKernel<<<1, 1, 0, stream>>>(p, notice);
   return cudaGetLastError();
 }
 

@@ -15,7 +15,7 @@
 namespace jax_nixlep::cuda {
 
 struct Launch {
-  DeviceState* state = nullptr;
+  Control* control = nullptr;
   Geometry geometry;
   RowFormat format;
   uint64_t tag = 0;
@@ -74,14 +74,18 @@ struct ReceiveSumsArgs {
 };
 void ReceiveSums(const Launch& launch, const ReceiveSumsArgs& args);
 
+// Rows of the memory views: the region of each peer, then the control block of each.
+constexpr int RegionRow(int peer) { return peer; }
+constexpr int ControlRow(int peer, int max_ranks) { return max_ranks + peer; }
+
 // --- Between operations. ---
 
 // Loads every kernel now: a first use later could wait behind a kernel that waits for a peer.
 cudaError_t Preload();
-// Stores the pointer through which `remote_view` reaches each peer r with wanted[r] != 0, or null.
-cudaError_t FindPointers(void* remote_view, int max_ranks, const uint32_t* wanted, std::byte** pointers,
+// Stores the pointer through which row i of `remote_view` can be reached where wanted[i] != 0, or null.
+cudaError_t FindPointers(void* remote_view, int num_rows, const uint32_t* wanted, std::byte** pointers,
                          cudaStream_t stream);
 // Tells every live member why this rank stops.
-cudaError_t Notify(DeviceState* state, Notice notice, cudaStream_t stream);
+cudaError_t Notify(Control* control, const Geometry& geometry, Notice notice, cudaStream_t stream);
 
 }  // namespace jax_nixlep::cuda

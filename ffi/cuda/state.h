@@ -15,34 +15,32 @@ inline constexpr int kEpochSlots = 4;  // counters of that many epochs are told 
 inline constexpr int kEpochShift = 48;
 inline constexpr uint64_t kTimedOutBit = uint64_t(1) << 47;
 
-// One peer's 64-byte cell of signals in a region. Peers without a pointer add to a counter after their data.
+// One peer's 64-byte cell of signals. Peers without a pointer add to a counter after their data.
 struct SignalCell {
   Signal signal;
   uint64_t arrivals[kEpochSlots];
 };
 static_assert(sizeof(SignalCell) == kAlign);
 
-// One peer's cell of notices in a region; all but `masked_at` are written by the peer.
-struct NoticeCell {
+// One peer's cell of notices.
+struct alignas(kAlign) NoticeCell {
   uint32_t notice;  // Notice
   uint32_t unused;
-  uint64_t finished;   // stamp of the last split operation that the peer has finished reading
-  uint64_t masked_at;  // written by the region's owner: when it gave the peer up
+  uint64_t finished;  // stamp of the last split operation that the peer has finished reading
+  uint64_t given_up;  // stamp of the operation in which the peer went on without this rank
 };
 
 // The numbers of Layout, evaluated once.
 struct Geometry {
   int32_t max_ranks, experts_per_rank, max_tokens, top_k;
-  uint64_t notices, signals, outbox, inbox, message_bytes;  // offsets in a region
-  uint64_t second, rows, row_bytes;                         // offsets in a message
+  uint64_t outbox, inbox, message_bytes;  // offsets in a region
+  uint64_t second, rows, row_bytes;       // offsets in a message
 
   explicit Geometry(const Layout& layout)
       : max_ranks(layout.capacity.max_ranks),
         experts_per_rank(layout.capacity.experts_per_rank),
         max_tokens(layout.capacity.max_tokens),
         top_k(layout.capacity.top_k),
-        notices(layout.notice(0)),
-        signals(layout.signal(0, 0)),
         outbox(layout.outbox(0, 0)),
         inbox(layout.inbox(0, 0)),
         message_bytes(layout.message_bytes()),
@@ -76,8 +74,11 @@ struct FailureReport {
   uint32_t code;
 };
 
+struct Control;
+
 struct PeerState_ {
   std::byte* pointer;  // the peer's region, where this GPU can reach it; null: by put
+  Control* control;    // the peer's control block, likewise
   uint64_t masked;     // stamp of the operation that gave the peer up; 0: live
   uint32_t member;
   uint32_t unused;
@@ -88,7 +89,6 @@ struct PeerCounters {
   unsigned long long bytes_out, bytes_in, wait_ns, timeouts;
 };
 
-// One for each device and process, at an address that never changes: captured graphs outlive endpoints.
 struct DeviceState {
   // Read at the start of every kernel.
   std::byte* region;
@@ -114,6 +114,14 @@ struct DeviceState {
   uint32_t invalid_now;
   unsigned long long operations, dropped_rows, invalid_ids;
   PeerCounters counters[kMaxRanks];
+};
+
+// The small part of the symmetric memory. One for each device and process, at an address that never changes: captured
+// graphs outlive endpoints. Kernels find signals without having read where the region is.
+struct Control {
+  DeviceState state;
+  alignas(kAlign) SignalCell signals[kBanks][kMaxRanks];
+  NoticeCell notices[kMaxRanks];
 };
 
 // Bytes of DeviceState::scratch.

@@ -132,9 +132,9 @@ NixlAgent::NixlAgent(const std::string& library, const std::string& name, int gp
 NixlAgent::~NixlAgent() { Close(); }
 
 void NixlAgent::Close() {
-  if (registered_) {
-    api_->deregister_mem(agent_, registered_, options_);
-    api_->destroy_reg_dlist(registered_);
+  for (void* list : registered_) {
+    api_->deregister_mem(agent_, list, options_);
+    api_->destroy_reg_dlist(list);
   }
   if (options_) api_->destroy_opt_args(options_);
   if (backend_) api_->destroy_backend(backend_);
@@ -149,7 +149,7 @@ void NixlAgent::Register(std::byte* data, size_t num_bytes) {
   if (status == kSuccess) status = api_->register_mem(agent_, list, options_);
   if (status != kSuccess) api_->destroy_reg_dlist(list);
   Check(status, "registering the symmetric memory");
-  registered_ = list;
+  registered_.push_back(list);
 }
 
 std::string NixlAgent::Metadata() const {
@@ -172,24 +172,27 @@ std::string NixlAgent::Connect(const std::string& metadata) {
 
 void NixlAgent::Disconnect(const std::string& peer) { api_->invalidate_remote_md(agent_, peer.c_str()); }
 
-void* NixlAgent::LocalView(std::byte* data, size_t num_bytes) {
+void* NixlAgent::LocalView(std::span<const ViewRow> rows) {
   void *list = nullptr, *view = nullptr;
   Check(api_->create_xfer_dlist(kGpuMemory, &list), "create_xfer_dlist");
-  int status = api_->xfer_dlist_add_desc(list, reinterpret_cast<uintptr_t>(data), num_bytes, uint64_t(gpu_));
+  int status = kSuccess;
+  for (const ViewRow& row : rows) {
+    if (status == kSuccess) status = api_->xfer_dlist_add_desc(list, row.base, row.num_bytes, uint64_t(row.device));
+  }
   if (status == kSuccess) status = api_->prep_mem_view_local(agent_, list, &view, options_);
   api_->destroy_xfer_dlist(list);
   Check(status, "preparing the local memory view");
   return view;
 }
 
-void* NixlAgent::RemoteView(std::span<const RemoteMemory> rows, size_t num_bytes) {
+void* NixlAgent::RemoteView(std::span<const ViewRow> rows) {
   void *list = nullptr, *view = nullptr;
   Check(api_->create_remote_dlist(kGpuMemory, &list), "create_remote_dlist");
   int status = kSuccess;
-  for (const RemoteMemory& row : rows) {
+  for (const ViewRow& row : rows) {
     if (status != kSuccess) break;
     const char* agent = row.agent.empty() ? nullptr : row.agent.c_str();  // null: a hole
-    status = api_->remote_dlist_add_desc(list, row.base, num_bytes, uint64_t(row.device), agent);
+    status = api_->remote_dlist_add_desc(list, row.base, row.num_bytes, uint64_t(row.device), agent);
   }
   if (status == kSuccess) status = api_->prep_mem_view_remote(agent_, list, &view, options_);
   api_->destroy_remote_dlist(list);

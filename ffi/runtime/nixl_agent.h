@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace jax_nixlep {
 
@@ -58,15 +59,17 @@ class NixlAgent {
   std::string Connect(const std::string& metadata);
   void Disconnect(const std::string& peer);
 
-  // A peer's registered memory, as one row of a remote view; `agent` empty leaves a hole, which must not be used.
-  struct RemoteMemory {
+  // A row of a memory view: registered memory, of this agent or of a peer. A remote row without an agent is a hole,
+  // which must not be used.
+  struct ViewRow {
     uint64_t base = 0;
+    size_t num_bytes = 0;
     int device = 0;
-    std::string agent;
+    std::string agent = {};
   };
   // Memory views: handles that kernels use to write to peers. Release them before the agent goes.
-  void* LocalView(std::byte* data, size_t num_bytes);
-  void* RemoteView(std::span<const RemoteMemory> rows, size_t num_bytes);
+  void* LocalView(std::span<const ViewRow> rows);
+  void* RemoteView(std::span<const ViewRow> rows);
   void ReleaseView(void* view);
 
  private:
@@ -78,7 +81,7 @@ class NixlAgent {
   void* agent_ = nullptr;
   void* backend_ = nullptr;
   void* options_ = nullptr;
-  void* registered_ = nullptr;
+  std::vector<void*> registered_;
 };
 
 }  // namespace jax_nixlep
