@@ -144,6 +144,7 @@ __device__ inline void Pack(Words<kWords>& out, const float (&in)[kCount]) {
 
 struct Params {
   Control* control;
+  const std::byte* region;  // for prefetches only: a replayed graph may hold that of an earlier group
   Geometry g;
   uint64_t tag;
   uint64_t* ticket;
@@ -160,6 +161,7 @@ struct Op {
   int bad;  // nothing may be believed: outputs are poisoned
   int num_put_peers;
   int wait_for_bank;
+  uint64_t safe_until_ns;  // no peer has given this rank up before that
   int flag;
   std::byte* pointer[kMaxRanks];
   Control* control[kMaxRanks];
@@ -252,6 +254,9 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending) {
     op.region = state.region;
     op.deadline_ns = begun_ns[op.bank] + state.timeout_ns;
     op.num_put_peers = int(state.num_put_peers);
+    // A peer began this operation after this rank began the one before, and gives up a timeout later. Half of it leaves
+    // room for clocks. With two operations in flight the other bank may be of the one after.
+    op.safe_until_ns = p.ticket ? 0 : begun_ns[1 - op.bank] + state.timeout_ns / 2;
     op.wait_for_bank = split[op.bank] && split[op.bank] == op.stamp - kBanks;
     op.flag = 0;
   }
@@ -383,7 +388,7 @@ __device__ inline void SignalByPointer(const Op& op, const Params& p, int to, in
   StoreRelaxed(&signal->tag, p.tag);
   StoreRelaxed(&signal->num_tokens, uint64_t(num_tokens));
   StoreRelaxed(&signal->check, Signal::Check(op.stamp, p.tag, uint64_t(num_tokens)));
-  StoreRelease(&signal->stamp, op.stamp);
+  StoreRelaxed(&signal->stamp, op.stamp);  // the fences of IsLast came before; `check` ties the four words together
 }
 __device__ __noinline__ static void SignalByPut(const Op& op, const Params& p, int to, int num_tokens) {
   SignalCell* own = &p.control->signals[op.bank][op.rank];
@@ -456,11 +461,13 @@ __device__ inline bool EndReceive(Op& op, const Params& p, bool pulled) {
   if (op.bad) return true;
   if (pulled) {
     __syncthreads();
+    bool gave_up = false;
     for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-      if (r != op.rank && op.live[r] && GaveUp(op, p, r)) Fail(op, p, Failure::kOverwritten, r);
+      if (r == op.rank || !op.live[r] || Now() < op.safe_until_ns || !GaveUp(op, p, r)) continue;
+      Fail(op, p, Failure::kOverwritten, r);
+      gave_up = true;
     }
-    __syncthreads();
-    if (op.bad) return false;
+    if (__syncthreads_or(gave_up)) return false;
   }
   if (p.ticket && IsLast(op, &p.control->state.tails, gridDim.x)) {
     for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {

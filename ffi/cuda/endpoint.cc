@@ -351,6 +351,7 @@ Launch CudaEndpoint::MakeLaunch(uint64_t tag, const RowFormat& format, int num_t
   }
   Launch launch;
   launch.control = control_;
+  launch.region = region_;
   launch.geometry = geometry_;
   launch.format = format;
   launch.tag = tag;

@@ -9,7 +9,9 @@
 namespace jax_nixlep::cuda {
 namespace {
 
+constexpr int kAhead = 2;   // tokens that a block has in flight
 constexpr int kUnroll = 4;  // granules of a row that a lane has in flight
+constexpr int64_t kSmallBytes = 1 << 20;  // may be read in vain
 constexpr int kMoveThreads = 512, kSumThreads = 256;
 
 // --- Codecs: how a granule of tokens of type T becomes bytes of the wire, and back. ---
@@ -116,17 +118,17 @@ __global__ void __launch_bounds__(1024) SendTokensKernel(const __grid_constant__
   __shared__ Op op;
   const int G = p.granules, K = p.g.top_k, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   DeviceState& state = p.control->state;
-  // The first token and its choices are on their way while the state is read.
-  Words<4> first{};
-  int32_t first_id = -1;
-  float first_weight = 0;
-  if (blockIdx.x < a.num_tokens) {
-    if (threadIdx.x < G) first = LoadOnce<4>(a.x + (uint64_t(blockIdx.x) * G + threadIdx.x) * 16);
-    if (threadIdx.x < K) {
-      first_id = a.ids[uint64_t(blockIdx.x) * K + threadIdx.x];
-      if (a.weights) first_weight = a.weights[uint64_t(blockIdx.x) * K + threadIdx.x];
-    }
+  // The first tokens and the choices are on their way while the state is read.
+  const int thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
+  Words<4> ahead[kAhead];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    const int t = blockIdx.x + i * gridDim.x;
+    if (t < a.num_tokens && threadIdx.x < G) ahead[i] = LoadOnce<4>(a.x + (uint64_t(t) * G + threadIdx.x) * 16);
   }
+  const int choices = a.num_tokens * K;
+  const int32_t first_id = thread < choices ? a.ids[thread] : -1;
+  const float first_weight = thread < choices && a.weights ? a.weights[thread] : 0;
   const uint64_t begun_ns = Now();
   Begin(op, p, /*sending=*/true);
   const uint32_t head = PassHead(p);
@@ -143,27 +145,43 @@ __global__ void __launch_bounds__(1024) SendTokensKernel(const __grid_constant__
   auto* sent_weights = reinterpret_cast<float*>(message + p.g.second);
   const int num_slots = p.g.max_ranks * p.g.experts_per_rank;
 
-  for (int t = blockIdx.x; t < a.num_tokens; t += gridDim.x) {
+  // The tables go to every peer: all blocks of its receiving half read them.
+  for (int i = thread; i < choices; i += threads) {
+    int32_t id = i == thread ? first_id : a.ids[i];
+    const float weight = i == thread ? first_weight : a.weights ? a.weights[i] : 0;
+    if (a.clean_ids) {
+      const bool slot = id >= 0 && id < num_slots;
+      if (!slot && id != -1) atomicAdd(&state.invalid_now, 1u);
+      id = slot ? id : -1;
+      a.clean_ids[i] = id;
+    }
+    for (int r = 0; r < p.g.max_ranks; ++r) {
+      if (!op.pointer[r] || !op.live[r]) continue;
+      std::byte* inbox = op.inbox(p.g, op.pointer[r], op.rank);
+      if (a.clean_ids) reinterpret_cast<int32_t*>(inbox)[i] = id;
+      if (a.weights) reinterpret_cast<float*>(inbox + p.g.second)[i] = weight;
+    }
+    if (op.num_put_peers) {
+      if (a.clean_ids) sent_ids[i] = id;
+      if (a.weights) sent_weights[i] = weight;
+    }
+  }
+
+  for (int t0 = blockIdx.x; t0 < a.num_tokens; t0 += kAhead * gridDim.x) {
+#pragma unroll
+   for (int i = 0; i < kAhead; ++i) {
+    const int t = t0 + i * gridDim.x;
+    if (t >= a.num_tokens) break;
     std::byte* row = message + p.g.rows + uint64_t(t) * p.g.row_bytes;
     for (int start = warp * kWarp; start < G; start += blockDim.x) {  // whole warps: lanes share scales
       const int granule = start + lane;
       const bool valid = granule < G;
-      Words<4> in = first;
-      if (t != blockIdx.x || start != warp * kWarp) {
-        in = valid ? LoadOnce<4>(a.x + (uint64_t(t) * G + granule) * 16) : Words<4>{};
-      }
+      Words<4> in = ahead[i];
+      if (start != warp * kWarp) in = valid ? LoadOnce<4>(a.x + (uint64_t(t) * G + granule) * 16) : Words<4>{};
       Codec::Encode(p, row, granule, in, valid);
     }
-    for (int k = threadIdx.x; k < K; k += blockDim.x) {
-      const bool loaded = t == blockIdx.x && k == threadIdx.x;
-      const uint64_t at = uint64_t(t) * K + k;
-      const int32_t id = loaded ? first_id : a.ids[at];
-      const bool slot = id >= 0 && id < num_slots;
-      if (a.clean_ids) {
-        a.clean_ids[at] = sent_ids[at] = slot ? id : -1;
-        if (!slot && id != -1) atomicAdd(&state.invalid_now, 1u);
-      }
-      if (a.weights) sent_weights[at] = loaded ? first_weight : a.weights[at];
+    if (const int later = t + kAhead * gridDim.x; later < a.num_tokens && threadIdx.x < G) {
+      ahead[i] = LoadOnce<4>(a.x + (uint64_t(later) * G + threadIdx.x) * 16);
     }
     if (op.num_put_peers && G) {
       __threadfence_system();
@@ -182,6 +200,7 @@ __global__ void __launch_bounds__(1024) SendTokensKernel(const __grid_constant__
       }
       __threadfence_system();
     }
+   }
   }
 
   if (IsLast(op, &state.tails, gridDim.x)) {
@@ -228,6 +247,8 @@ struct Plan {
   }
 };
 
+// Rows are pulled where that is possible; tables were always brought.
+__device__ const std::byte* TablesOf(const Op& op, const Params& p, int r) { return op.inbox(p.g, op.region, r); }
 __device__ const std::byte* TokensOf(const Op& op, const Params& p, int r) {
   return op.pointer[r] ? op.outbox(p.g, op.pointer[r], r) : op.inbox(p.g, op.region, r);
 }
@@ -238,7 +259,7 @@ __device__ void PickChunk(const Op& op, const Params& p, const Plan& plan, int c
   const int r = chunk / plan.cpr, t = chunk % plan.cpr * kWarp + lane;
   uint32_t chosen = 0, mine = 0;
   if (op.live[r] && t < op.tokens[r]) {
-    const auto* ids = reinterpret_cast<const int32_t*>(TokensOf(op, p, r)) + uint64_t(t) * K;
+    const auto* ids = reinterpret_cast<const int32_t*>(TablesOf(op, p, r)) + uint64_t(t) * K;
     const int first = op.rank * E + word * kWarp, count = min(kWarp, E - word * kWarp);
     auto choose = [&](int32_t id) {
       const int expert = id - first;
@@ -365,6 +386,25 @@ __global__ void __launch_bounds__(kMoveThreads) PlanKernel(const __grid_constant
 
 // --- Receiving tokens ---
 
+// What one warp will read of a token. One warp.
+__device__ void PrefetchSegment(const Op& op, const Params& p, int unit, int segments) {
+  const int lane = threadIdx.x % kWarp, bytes = p.value_bytes / segments;
+  const int r = unit / segments / p.g.max_tokens, t = unit / segments % p.g.max_tokens;
+  if (!op.live[r] || lane * 128 >= bytes + 128) return;
+  Prefetch(TokensOf(op, p, r) + p.g.rows + uint64_t(t) * p.g.row_bytes + unit % segments * bytes + min(lane * 128, bytes));
+}
+
+// Small tables of both banks, before the state says which. Spread over the first blocks.
+__device__ void PrefetchTables(const Params& p, int ranks, int num_bytes, bool second) {
+  const int lines = (num_bytes + 127) / 128, all = kBanks * ranks * lines;
+  if (all > 4096) return;
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < all; i += gridDim.x * blockDim.x) {
+    const std::byte* message = p.region + p.g.inbox + uint64_t(i / lines) * p.g.message_bytes + i % lines * 128;
+    Prefetch(message);
+    if (second) Prefetch(message + p.g.second);
+  }
+}
+
 template <typename Codec, bool kPlanned>
 __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveTokensKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveTokensArgs a) {
   extern __shared__ std::byte dynamic[];
@@ -374,23 +414,11 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveToke
   const int R = p.g.max_ranks, T = p.g.max_tokens, K = p.g.top_k, E = p.g.experts_per_rank, G = p.granules;
   const int segments = (G + kWarp * kUnroll - 1) / (kWarp * kUnroll);
   const int first_unit = blockIdx.x * warps + warp, num_units = R * T * segments, step = gridDim.x * warps;
+  PrefetchTables(p, R, T * K * int(sizeof(int32_t)), a.weighted);
   Begin(op, p, /*sending=*/false);
   for (int r = threadIdx.x; r < R; r += blockDim.x) taken[r] = 0;
-  if (!op.bad) {  // what will be wanted first, while the signals are looked at
-    if (!kPlanned) {
-      const int lines = (T * K * int(sizeof(int32_t)) + 127) / 128;
-      for (int i = threadIdx.x; i < R * lines; i += blockDim.x) {
-        if (op.live[i / lines]) Prefetch(TokensOf(op, p, i / lines) + i % lines * 128);
-      }
-    }
-    if (first_unit < num_units) {
-      const int r = first_unit / segments / T, t = first_unit / segments % T;
-      const int bytes = min(p.value_bytes, (first_unit % segments + 1) * kWarp * kUnroll * 16);
-      const int at = (first_unit % segments) * kWarp * kUnroll * 16 + lane * 128;
-      if (op.live[r] && lane < kUnroll * 4 && at < bytes) {
-        Prefetch(TokensOf(op, p, r) + p.g.rows + uint64_t(t) * p.g.row_bytes + at);
-      }
-    }
+  if (!op.bad) {  // the first row, while the signals are looked at
+    if (first_unit < num_units) PrefetchSegment(op, p, first_unit, segments);
   }
   AwaitAll(op, p);
   auto poison = [&] {
@@ -408,8 +436,15 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveToke
     EndReceive(op, p, true);
     return;
   }
-  const Plan plan(p.g, kPlanned ? p.control->state.scratch : dynamic);
+  Plan plan(p.g, kPlanned ? p.control->state.scratch : dynamic);
   const int words = (E + kWarp - 1) / kWarp;
+  if constexpr (kPlanned) {  // limits and starts of the experts are wanted for every row
+    auto* near = reinterpret_cast<int32_t*>(dynamic);
+    for (int i = threadIdx.x; i < 2 * plan.stride; i += blockDim.x) near[i] = plan.kept[i];
+    plan.kept = near;
+    plan.base = near + plan.stride;
+    __syncthreads();
+  }
   if constexpr (!kPlanned) {
     for (int i = warp; i < plan.chunks * words; i += warps) PickChunk(op, p, plan, i / words, i % words);
     __syncthreads();
@@ -419,6 +454,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveToke
   // Each token is read once and stored to all its rows.
   for (int unit = first_unit; unit < num_units; unit += step) {
     const int segment = unit % segments, r = unit / segments / T, t = unit / segments % T;
+    if (unit + step < num_units) PrefetchSegment(op, p, unit + step, segments);
     if (t >= op.tokens[r]) continue;
     const std::byte* token = TokensOf(op, p, r) + p.g.rows + uint64_t(t) * p.g.row_bytes;
     const int chunk = r * plan.cpr + t / kWarp, bit = t % kWarp;
@@ -474,7 +510,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveToke
       for (int k = lane; k < K; k += kWarp) rows[k] = -1;
       continue;
     }
-    const std::byte* message = TokensOf(op, p, r);
+    const std::byte* message = TablesOf(op, p, r);
     const auto* ids = reinterpret_cast<const int32_t*>(message) + uint64_t(t) * K;
     const auto* weights = reinterpret_cast<const float*>(message + p.g.second) + uint64_t(t) * K;
     const int bit = t % kWarp;
@@ -552,9 +588,8 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveAlon
     const int segment = unit % segments, r = unit / segments / T, t = unit / segments % T;
     const int32_t* rows = a.row_of + uint64_t(unit / segments) * K;
     const bool sent = t < op.tokens[r];  // a masked peer sends nothing: its rows become zeros
-    const std::byte* message = TokensOf(op, p, r);
-    const std::byte* token = message + p.g.rows + uint64_t(t) * p.g.row_bytes;
-    const auto* weights = reinterpret_cast<const float*>(message + p.g.second) + uint64_t(t) * K;
+    const std::byte* token = TokensOf(op, p, r) + p.g.rows + uint64_t(t) * p.g.row_bytes;
+    const auto* weights = reinterpret_cast<const float*>(TablesOf(op, p, r) + p.g.second) + uint64_t(t) * K;
     const int start = segment * kWarp * kUnroll + lane;
     typename Codec::Loaded loaded[kUnroll];
     bool have = false;
@@ -598,15 +633,10 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveAlon
 // --- Sums of rows, back to the tokens ---
 
 // Blocks of one blockIdx.y serve one destination.
-#ifndef KSU
-#define KSU 2
-#define KSR 4
-#define KSB 3
-#endif
-constexpr int kSumUnroll = KSU, kSumRows = KSR;  // granules of a row, and rows, that a lane has in flight
+constexpr int kSumUnroll = 4, kSumRows = 2, kSumBlocks = 2;  // granules of a row, and rows, that a lane has in flight; blocks of an SM
 
 template <typename T_, typename W>
-__global__ void __launch_bounds__(kSumThreads, KSB) SendSumsKernel(const __grid_constant__ Params p, const __grid_constant__ SendSumsArgs a) {
+__global__ void __launch_bounds__(kSumThreads, kSumBlocks) SendSumsKernel(const __grid_constant__ Params p, const __grid_constant__ SendSumsArgs a) {
   constexpr int V = kValues<T_>;
   __shared__ Op op;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -697,6 +727,12 @@ __global__ void __launch_bounds__(kSumThreads, KSB) SendSumsKernel(const __grid_
         Store(out + (start + u * kWarp) * sizeof(y), y);
       }
     }
+    if (next_row >= 0 && next_row < a.num_rows && next_t < T && !by_put) {
+      const int segment_bytes = kWarp * kSumUnroll * 16, at = (unit + step) % parts * segment_bytes;
+      for (int i = 0; i < segment_bytes && at + i < p.row_bytes; i += 128) {
+        Prefetch(a.rows + uint64_t(next_row) * p.row_bytes + at + i);
+      }
+    }
     if (!any) continue;
     if (first_segment == 0) ++sent;
     if (by_put && G) {
@@ -733,14 +769,24 @@ __global__ void __launch_bounds__(kSumThreads, 4) ReceiveSumsKernel(const __grid
   const int R = p.g.max_ranks, K = p.g.top_k, G = p.granules;
   const int segments = max(1, (G + kWarp * kGranules - 1) / (kWarp * kGranules));
   const int first_unit = blockIdx.x * warps + warp;
+  const bool small = int64_t(R) * a.num_tokens * p.wire_bytes < kSmallBytes;
+  if (first_unit < a.num_tokens * segments) {  // what will be wanted; of both banks where that costs little
+    const int t = first_unit / segments, bytes = kWarp * int(sizeof(Granule<T_, W>));
+    for (int i = lane; i < kBanks * R; i += kWarp) {
+      const std::byte* message = p.region + p.g.inbox + uint64_t(i) * p.g.message_bytes;
+      Prefetch(message + t * sizeof(int32_t));
+      const std::byte* row = message + p.g.rows + uint64_t(t) * p.g.row_bytes;
+      for (int at = 0; small && at < bytes && first_unit % segments * bytes + at < p.wire_bytes; at += 128) {
+        Prefetch(row + first_unit % segments * bytes + at);
+      }
+    }
+  }
   Begin(op, p, /*sending=*/false);
-  if (!op.bad && first_unit < a.num_tokens * segments) {  // what will be wanted, while the signals are looked at
+  if (!op.bad && !small && first_unit < a.num_tokens * segments) {
     const int t = first_unit / segments, bytes = kWarp * int(sizeof(Granule<T_, W>));
     for (int r = lane; r < R; r += kWarp) {
       if (!op.live[r]) continue;
-      const std::byte* message = op.inbox(p.g, op.region, r);
-      Prefetch(message + t * sizeof(int32_t));
-      const std::byte* row = message + p.g.rows + uint64_t(t) * p.g.row_bytes;
+      const std::byte* row = op.inbox(p.g, op.region, r) + p.g.rows + uint64_t(t) * p.g.row_bytes;
       for (int at = 0; at < bytes && first_unit % segments * bytes + at < p.wire_bytes; at += 128) {
         Prefetch(row + first_unit % segments * bytes + at);
       }
@@ -835,6 +881,7 @@ Params MakeParams(const Launch& l) {
   const bool raw = f.wire == Wire::kSame || (f.wire == Wire::kFp8 && !f.dequantize);
   Params p{};
   p.control = l.control;
+  p.region = l.region;
   p.g = l.geometry;
   p.tag = l.tag;
   p.ticket = l.ticket;
@@ -900,8 +947,10 @@ void ReceiveTokens(const Launch& l, const ReceiveTokensArgs& a) {
   const Geometry& g = l.geometry;
   const int64_t tokens = int64_t(g.max_ranks) * g.max_tokens;
   const int64_t segments = std::max<int64_t>(1, (p.granules + kWarp * kUnroll - 1) / (kWarp * kUnroll));
-  const int blocks = Blocks(tokens * segments, kMoveThreads / kWarp, l.num_sms * 2);
+  // Rows that stay empty are written, too.
+  const int blocks = Blocks(std::max(tokens, a.num_rows / 2) * segments, kMoveThreads / kWarp, l.num_sms * 2);
   const size_t plan_bytes = ScratchBytes(g);
+  const size_t limit_bytes = 2 * (size_t(g.experts_per_rank + 31) / 32 * 32 + 1) * sizeof(int32_t);
   const bool planned = plan_bytes > kSharedPlanBytes || tokens * g.top_k > kSharedPlanChoices;
   if (planned) {
     const int64_t chunks = int64_t(g.max_ranks) * ((g.max_tokens + 31) / 32) * ((g.experts_per_rank + 31) / 32);
@@ -909,7 +958,7 @@ void ReceiveTokens(const Launch& l, const ReceiveTokensArgs& a) {
   }
   WithCodec(l.format, /*encode=*/false, [&](auto codec) {
     if (planned) {
-      ReceiveTokensKernel<decltype(codec), true><<<blocks, kMoveThreads, 0, l.stream>>>(p, a);
+      ReceiveTokensKernel<decltype(codec), true><<<blocks, kMoveThreads, limit_bytes, l.stream>>>(p, a);
     } else {
       ReceiveTokensKernel<decltype(codec), false><<<blocks, kMoveThreads, plan_bytes, l.stream>>>(p, a);
     }
@@ -929,7 +978,7 @@ void ReceiveAlong(const Launch& l, const ReceiveAlongArgs& a) {
 void SendSums(const Launch& l, const SendSumsArgs& a) {
   const Params p = MakeParams(l);
   const int64_t segments = std::max<int64_t>(1, (p.granules + kWarp * kSumUnroll - 1) / (kWarp * kSumUnroll));
-  const int most = std::max(1, l.num_sms * KSB / l.geometry.max_ranks);
+  const int most = std::max(1, l.num_sms * kSumBlocks / l.geometry.max_ranks);
   const dim3 blocks(Blocks(l.geometry.max_tokens * segments, kSumThreads / kWarp, most), l.geometry.max_ranks);
   WithSumTypes(l.format, [&](auto token, auto wire) {
     SendSumsKernel<typename decltype(token)::type, typename decltype(wire)::type>

@@ -16,6 +16,7 @@ namespace jax_nixlep::cuda {
 
 struct Launch {
   Control* control = nullptr;
+  const std::byte* region = nullptr;
   Geometry geometry;
   RowFormat format;
   uint64_t tag = 0;

@@ -130,7 +130,7 @@ int main(int argc, char** argv) {
     std::vector<std::vector<double>> now(5);
     auto launch_of = [&](Rank& k, const RowFormat& f, uint64_t tag) {
       Launch l;
-      l.control = k.control, l.geometry = geometry, l.format = f, l.tag = tag, l.num_sms = num_sms, l.order = k.order;
+      l.control = k.control, l.region = k.region, l.geometry = geometry, l.format = f, l.tag = tag, l.num_sms = num_sms, l.order = k.order;
       return l;
     };
     for (Rank& k : ranks) {
