@@ -140,6 +140,15 @@ __device__ inline void Pack(Words<kWords>& out, const float (&in)[kCount]) {
   }
 }
 
+// Division by a number that the host knows; exact while the product of both is below 2^32.
+struct Divisor {
+  uint32_t value = 1, reciprocal = 0;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t d) : value(d), reciprocal(d > 1 ? uint32_t(((uint64_t(1) << 32) + d - 1) / d) : 0) {}
+  __device__ int Quotient(int n) const { return reciprocal ? int(__umulhi(uint32_t(n), reciprocal)) : n; }
+};
+
 // --- One block's view of an operation. ---
 
 struct Params {
@@ -150,6 +159,8 @@ struct Params {
   uint64_t* ticket;
   float* order;
   int32_t granules;        // of a row
+  Divisor segments;        // of a row: what one warp handles at a time
+  Divisor tokens;          // max_tokens
   int32_t value_bytes, scale_bytes, wire_bytes, row_bytes;
   uint32_t ue8m0, round_scale;
 };
@@ -239,25 +250,29 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending) {
     if (!sending) Prefetch(&p.control->signals[0][r]), Prefetch(&p.control->signals[1][r]);
     op.pointer[r] = peer.pointer;
     op.control[r] = peer.control;
-    op.live[r] = peer.member && peer.masked == 0;
+    op.live[r] = (peer.member != 0) & (peer.masked == 0);
     op.tokens[r] = 0;
   }
   if (threadIdx.x == 0) {
     const Geometry& own = state.geometry;
-    op.bad = !state.active || state.failed || own.max_ranks != p.g.max_ranks || own.max_tokens != p.g.max_tokens ||
-             own.top_k != p.g.top_k || own.experts_per_rank != p.g.experts_per_rank || own.row_bytes != p.g.row_bytes;
-    op.stamp = sending ? state.started + 1 : p.ticket ? *p.ticket : state.current;
-    const uint64_t begun_ns[kBanks] = {state.begun_ns[0], state.begun_ns[1]};
-    const uint64_t split[kBanks] = {state.split[0], state.split[1]};
-    op.bank = int(op.stamp % kBanks);
+    // No short circuits: all these loads are to be under way together.
+    const uint64_t started = state.started, current = state.current, timeout_ns = state.timeout_ns;
+    const uint64_t begun0 = state.begun_ns[0], begun1 = state.begun_ns[1], split0 = state.split[0], split1 = state.split[1];
+    op.bad = (state.active == 0) | (state.failed != 0) | (own.max_ranks != p.g.max_ranks) |
+             (own.max_tokens != p.g.max_tokens) | (own.top_k != p.g.top_k) |
+             (own.experts_per_rank != p.g.experts_per_rank) | (own.row_bytes != p.g.row_bytes);
     op.rank = state.rank;
     op.region = state.region;
-    op.deadline_ns = begun_ns[op.bank] + state.timeout_ns;
+    op.stamp = sending ? started + 1 : p.ticket ? *p.ticket : current;
+    op.bank = int(op.stamp % kBanks);
+    const uint64_t begun = op.bank ? begun1 : begun0, other_begun = op.bank ? begun0 : begun1;
+    const uint64_t split = op.bank ? split1 : split0;
+    op.deadline_ns = begun + timeout_ns;
     op.num_put_peers = int(state.num_put_peers);
     // A peer began this operation after this rank began the one before, and gives up a timeout later. Half of it leaves
     // room for clocks. With two operations in flight the other bank may be of the one after.
-    op.safe_until_ns = p.ticket ? 0 : begun_ns[1 - op.bank] + state.timeout_ns / 2;
-    op.wait_for_bank = split[op.bank] && split[op.bank] == op.stamp - kBanks;
+    op.safe_until_ns = p.ticket ? 0 : other_begun + timeout_ns / 2;
+    op.wait_for_bank = (split != 0) & (split == op.stamp - kBanks);
     op.flag = 0;
   }
   __syncthreads();
@@ -293,7 +308,7 @@ __device__ inline bool GaveUp(const Op& op, const Params& p, int peer) {
 inline constexpr uint64_t kGraceNs = 1'000'000;  // far above the skew of the timer between blocks
 
 // Waits for one peer's message. One thread.
-__device__ inline void AwaitPeer(Op& op, const Params& p, int r) {
+__device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
   DeviceState& state = p.control->state;
   const SignalCell& cell = p.control->signals[op.bank][r];
   const bool by_put = op.pointer[r] == nullptr;
@@ -352,7 +367,18 @@ __device__ inline void AwaitPeer(Op& op, const Params& p, int r) {
 __device__ inline void AwaitAll(Op& op, const Params& p) {
   if (!op.bad) {
     for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-      if (op.live[r]) AwaitPeer(op, p, r);
+      if (!op.live[r]) continue;
+      // The common case first, and short: code has to be fetched, too.
+      const Signal& signal = p.control->signals[op.bank][r].signal;
+      const uint64_t tag = LoadRelaxed(&signal.tag), tokens = LoadRelaxed(&signal.num_tokens);
+      const uint64_t check = LoadRelaxed(&signal.check), given_up = LoadRelaxed(&p.control->notices[r].given_up);
+      const uint64_t stamp = LoadAcquire(&signal.stamp);
+      if ((stamp == op.stamp) & (check == Signal::Check(stamp, tag, tokens)) & (tag == p.tag) & (given_up == 0) &
+          (tokens <= uint64_t(p.g.max_tokens)) & (op.pointer[r] != nullptr) & (Now() < op.deadline_ns)) {
+        op.tokens[r] = int(tokens);
+      } else {
+        AwaitPeer(op, p, r);
+      }
     }
   }
   __syncthreads();
@@ -372,7 +398,7 @@ __device__ inline bool IsLast(Op& op, uint32_t* counter, uint32_t count) {
 }
 
 // Sets bytes of an output, with all threads of the grid.
-__device__ inline void Fill(void* data, uint64_t num_bytes, uint32_t pattern) {
+__device__ __noinline__ static void Fill(void* data, uint64_t num_bytes, uint32_t pattern) {
   if (!data) return;
   const uint64_t index = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = uint64_t(gridDim.x) * blockDim.x;
   auto* bytes = static_cast<uint8_t*>(data);
@@ -417,8 +443,7 @@ __device__ __noinline__ static void SignalByPut(const Op& op, const Params& p, i
 
 // Before the first write of a sending half: the peers must have finished reading what the bank held. Calls of whole
 // operations imply it (a peer answers only after it has); separate halves do not, so there it is waited for.
-__device__ inline void AwaitBank(Op& op, const Params& p) {
-  if (op.bad || !op.wait_for_bank) return;
+__device__ __noinline__ static void AwaitBankSlow(Op& op, const Params& p) {
   const DeviceState& state = p.control->state;
   const uint64_t deadline = Now() + state.timeout_ns;
   for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
@@ -432,6 +457,10 @@ __device__ inline void AwaitBank(Op& op, const Params& p) {
     }
   }
   __syncthreads();
+}
+
+__device__ inline void AwaitBank(Op& op, const Params& p) {
+  if (op.wait_for_bank && !op.bad) AwaitBankSlow(op, p);
 }
 
 // Counts the blocks that have read the state; EndSend uses the answer, by when it has arrived.

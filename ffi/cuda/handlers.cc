@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 #include <nvtx3/nvToolsExt.h>
 
+#include <atomic>
 #include <map>
 #include <string>
 
@@ -28,6 +29,8 @@ class Range {
   explicit Range(const char* name) { nvtxRangePushA(name); }
   ~Range() { nvtxRangePop(); }
 };
+
+std::atomic<uint64_t> num_launches{0};
 
 template <typename Buffer>
 std::byte* Bytes(Buffer&& buffer) {
@@ -54,6 +57,7 @@ template <typename Function>
 ffi::Error Run(int32_t device, cudaStream_t stream, const char* name, OpTag tag, const RowFormat& format, int64_t tokens,
                const Sizes& sizes, Function function) {
   Range range(name);
+  ++num_launches;
   try {
     std::shared_ptr<CudaEndpoint> endpoint = RegistryOf<CudaEndpoint>::Get().Find(device);
     if (!endpoint) {
@@ -250,6 +254,8 @@ ffi::Error Mark(cudaStream_t stream, int64_t index, Any /*after*/, ffi::Result<F
 constexpr auto kTraits = ffi::Traits::kCmdBufferCompatible;
 
 }  // namespace
+
+uint64_t NumLaunches() { return num_launches; }
 
 double ElapsedUs(int from, int to) {
   float ms = 0;

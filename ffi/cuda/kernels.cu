@@ -169,38 +169,38 @@ __global__ void __launch_bounds__(1024) SendTokensKernel(const __grid_constant__
 
   for (int t0 = blockIdx.x; t0 < a.num_tokens; t0 += kAhead * gridDim.x) {
 #pragma unroll
-   for (int i = 0; i < kAhead; ++i) {
-    const int t = t0 + i * gridDim.x;
-    if (t >= a.num_tokens) break;
-    std::byte* row = message + p.g.rows + uint64_t(t) * p.g.row_bytes;
-    for (int start = warp * kWarp; start < G; start += blockDim.x) {  // whole warps: lanes share scales
-      const int granule = start + lane;
-      const bool valid = granule < G;
-      Words<4> in = ahead[i];
-      if (start != warp * kWarp) in = valid ? LoadOnce<4>(a.x + (uint64_t(t) * G + granule) * 16) : Words<4>{};
-      Codec::Encode(p, row, granule, in, valid);
-    }
-    if (const int later = t + kAhead * gridDim.x; later < a.num_tokens && threadIdx.x < G) {
-      ahead[i] = LoadOnce<4>(a.x + (uint64_t(later) * G + threadIdx.x) * 16);
-    }
-    if (op.num_put_peers && G) {
-      __threadfence_system();
-      __syncthreads();
-      for (int r = warp; r < p.g.max_ranks; r += blockDim.x / kWarp) {
-        if (op.pointer[r] || !op.live[r]) continue;
-        bool routed = false;
-        for (int k = lane; k < K; k += kWarp) {
-          const int32_t id = a.ids[uint64_t(t) * K + k];
-          routed |= id >= 0 && id < num_slots && id / p.g.experts_per_rank == r;
-        }
-        if (!__any_sync(kAllLanes, routed)) continue;
-        const uint64_t offset = op.inbox_offset(p.g) + uint64_t(row - message);
-        Put<UCS_DEVICE_LEVEL_WARP>(op, state, r, row, offset, uint64_t(p.wire_bytes));
-        if (lane == 0) atomicAdd(&state.counters[r].bytes_out, (unsigned long long)p.wire_bytes);
+    for (int i = 0; i < kAhead; ++i) {
+      const int t = t0 + i * gridDim.x;
+      if (t >= a.num_tokens) break;
+      std::byte* row = message + p.g.rows + uint64_t(t) * p.g.row_bytes;
+      for (int start = warp * kWarp; start < G; start += blockDim.x) {  // whole warps: lanes share scales
+        const int granule = start + lane;
+        const bool valid = granule < G;
+        Words<4> in = ahead[i];
+        if (start != warp * kWarp) in = valid ? LoadOnce<4>(a.x + (uint64_t(t) * G + granule) * 16) : Words<4>{};
+        Codec::Encode(p, row, granule, in, valid);
       }
-      __threadfence_system();
+      if (const int later = t + kAhead * gridDim.x; later < a.num_tokens && threadIdx.x < G) {
+        ahead[i] = LoadOnce<4>(a.x + (uint64_t(later) * G + threadIdx.x) * 16);
+      }
+      if (op.num_put_peers && G) {
+        __threadfence_system();
+        __syncthreads();
+        for (int r = warp; r < p.g.max_ranks; r += blockDim.x / kWarp) {
+          if (op.pointer[r] || !op.live[r]) continue;
+          bool routed = false;
+          for (int k = lane; k < K; k += kWarp) {
+            const int32_t id = a.ids[uint64_t(t) * K + k];
+            routed |= id >= 0 && id < num_slots && id / p.g.experts_per_rank == r;
+          }
+          if (!__any_sync(kAllLanes, routed)) continue;
+          const uint64_t offset = op.inbox_offset(p.g) + uint64_t(row - message);
+          Put<UCS_DEVICE_LEVEL_WARP>(op, state, r, row, offset, uint64_t(p.wire_bytes));
+          if (lane == 0) atomicAdd(&state.counters[r].bytes_out, (unsigned long long)p.wire_bytes);
+        }
+        __threadfence_system();
+      }
     }
-   }
   }
 
   if (IsLast(op, &state.tails, gridDim.x)) {
@@ -286,6 +286,22 @@ __device__ void PickChunk(const Op& op, const Params& p, const Plan& plan, int c
   plan.picked[uint64_t(chunk) * plan.stride + word * kWarp + lane] = mine;
 }
 
+// The largest equal limit that fits; what is left over goes, one row each, to the first experts above it. One warp.
+__device__ __noinline__ void FindLimit(const int32_t* demand, int num_experts, int num_rows, int& limit, int& left) {
+  auto total = [&](int most) {
+    int sum = 0;
+    for (int e = threadIdx.x % kWarp; e < num_experts; e += kWarp) sum += min(demand[e], most);
+    return __reduce_add_sync(kAllLanes, sum);
+  };
+  int low = 0, high = num_rows + 1;
+  while (high - low > 1) {
+    const int middle = low + (high - low) / 2;
+    (total(middle) <= num_rows ? low : high) = middle;
+  }
+  limit = low;
+  left = num_rows - total(limit);
+}
+
 // Counts and limits. One block.
 __device__ void FinishPlan(const Params& p, const Plan& plan, int64_t num_rows) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, E = p.g.experts_per_rank;
@@ -307,23 +323,11 @@ __device__ void FinishPlan(const Params& p, const Plan& plan, int64_t num_rows) 
   }
   __syncthreads();
   if (warp == 0) {
-    auto total = [&](int limit) {
-      int sum = 0;
-      for (int e = lane; e < E; e += kWarp) sum += min(plan.demand[e], limit);
-      return __reduce_add_sync(kAllLanes, sum);
-    };
-    // The largest equal limit that fits; what is left over goes, one row each, to the first experts above it.
-    const int demand = total(INT_MAX);
+    int demand = 0;
+    for (int e = lane; e < E; e += kWarp) demand += plan.demand[e];
+    demand = __reduce_add_sync(kAllLanes, demand);
     int limit = INT_MAX, left = 0;
-    if (demand > num_rows) {
-      int low = 0, high = int(num_rows) + 1;
-      while (high - low > 1) {
-        const int middle = low + (high - low) / 2;
-        (total(middle) <= num_rows ? low : high) = middle;
-      }
-      limit = low;
-      left = int(num_rows) - total(limit);
-    }
+    if (demand > num_rows) FindLimit(plan.demand, E, int(num_rows), limit, left);
     int next = 0, extras = 0;
     for (int e0 = 0; e0 < E; e0 += kWarp) {
       const int e = e0 + lane, wanted = e < E ? plan.demand[e] : 0;
@@ -388,10 +392,11 @@ __global__ void __launch_bounds__(kMoveThreads) PlanKernel(const __grid_constant
 
 // What one warp will read of a token. One warp.
 __device__ void PrefetchSegment(const Op& op, const Params& p, int unit, int segments) {
-  const int lane = threadIdx.x % kWarp, bytes = p.value_bytes / segments;
-  const int r = unit / segments / p.g.max_tokens, t = unit / segments % p.g.max_tokens;
-  if (!op.live[r] || lane * 128 >= bytes + 128) return;
-  Prefetch(TokensOf(op, p, r) + p.g.rows + uint64_t(t) * p.g.row_bytes + unit % segments * bytes + min(lane * 128, bytes));
+  const int lane = threadIdx.x % kWarp, bytes = kWarp * kUnroll * 16;
+  const int token_index = p.segments.Quotient(unit), at = (unit - token_index * segments) * bytes + lane * 128;
+  const int r = p.tokens.Quotient(token_index), t = token_index - r * p.g.max_tokens;
+  if (!op.live[r] || lane * 128 >= bytes || at >= p.value_bytes) return;
+  Prefetch(TokensOf(op, p, r) + p.g.rows + uint64_t(t) * p.g.row_bytes + at);
 }
 
 // Small tables of both banks, before the state says which. Spread over the first blocks.
@@ -412,7 +417,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveToke
   __shared__ uint32_t taken[kMaxRanks];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int R = p.g.max_ranks, T = p.g.max_tokens, K = p.g.top_k, E = p.g.experts_per_rank, G = p.granules;
-  const int segments = (G + kWarp * kUnroll - 1) / (kWarp * kUnroll);
+  const int segments = p.segments.value;
   const int first_unit = blockIdx.x * warps + warp, num_units = R * T * segments, step = gridDim.x * warps;
   PrefetchTables(p, R, T * K * int(sizeof(int32_t)), a.weighted);
   Begin(op, p, /*sending=*/false);
@@ -453,7 +458,8 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveToke
 
   // Each token is read once and stored to all its rows.
   for (int unit = first_unit; unit < num_units; unit += step) {
-    const int segment = unit % segments, r = unit / segments / T, t = unit / segments % T;
+    const int token_index = p.segments.Quotient(unit), segment = unit - token_index * segments;
+    const int r = p.tokens.Quotient(token_index), t = token_index - r * T;
     if (unit + step < num_units) PrefetchSegment(op, p, unit + step, segments);
     if (t >= op.tokens[r]) continue;
     const std::byte* token = TokensOf(op, p, r) + p.g.rows + uint64_t(t) * p.g.row_bytes;
@@ -504,7 +510,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveToke
 
   // The handle: rows of each choice, and the weights of each row. The last warps begin: they may have had no token.
   for (int unit = step - 1 - first_unit; unit < R * T; unit += step) {
-    const int r = unit / T, t = unit % T;
+    const int r = p.tokens.Quotient(unit), t = unit - r * T;
     int32_t* rows = a.row_of + uint64_t(unit) * K;
     if (t >= op.tokens[r]) {
       for (int k = lane; k < K; k += kWarp) rows[k] = -1;
@@ -583,10 +589,11 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveAlon
     EndReceive(op, p, true);
     return;
   }
-  const int segments = max(1, (G + kWarp * kUnroll - 1) / (kWarp * kUnroll));
+  const int segments = p.segments.value;
   for (int unit = blockIdx.x * warps + warp; unit < R * T * segments; unit += gridDim.x * warps) {
-    const int segment = unit % segments, r = unit / segments / T, t = unit / segments % T;
-    const int32_t* rows = a.row_of + uint64_t(unit / segments) * K;
+    const int token_index = p.segments.Quotient(unit), segment = unit - token_index * segments;
+    const int r = p.tokens.Quotient(token_index), t = token_index - r * T;
+    const int32_t* rows = a.row_of + uint64_t(token_index) * K;
     const bool sent = t < op.tokens[r];  // a masked peer sends nothing: its rows become zeros
     const std::byte* token = TokensOf(op, p, r) + p.g.rows + uint64_t(t) * p.g.row_bytes;
     const auto* weights = reinterpret_cast<const float*>(TablesOf(op, p, r) + p.g.second) + uint64_t(t) * K;
@@ -641,12 +648,12 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks) SendSumsKernel(const 
   __shared__ Op op;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int T = p.g.max_tokens, K = p.g.top_k, G = p.granules, to = blockIdx.y;
-  const int segments = max(1, (G + kWarp * kSumUnroll - 1) / (kWarp * kSumUnroll));
+  const int segments = p.segments.value;
   const int first_unit = blockIdx.x * warps + warp, step = gridDim.x * warps;
   DeviceState& state = p.control->state;
   auto choices_of = [&](int t) { return a.row_of + (uint64_t(to) * T + t) * K; };
   // The first choices are on their way while the state is read.
-  int next_row = first_unit / segments < T && lane < K ? choices_of(first_unit / segments)[lane] : -1;
+  int next_row = p.segments.Quotient(first_unit) < T && lane < K ? choices_of(p.segments.Quotient(first_unit))[lane] : -1;
   const uint64_t begun_ns = Now();
   Begin(op, p, /*sending=*/true);
   const uint32_t head = PassHead(p);
@@ -661,10 +668,11 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks) SendSumsKernel(const 
   if (by_put) next_row = first_unit < T && lane < K ? choices_of(first_unit)[lane] : -1;
   uint32_t sent = 0;
   for (int unit = first_unit; unit < T * parts; unit += step) {
-    const int t = unit / parts, first_segment = unit % parts, last_segment = by_put ? segments : first_segment + 1;
+    const int t = by_put ? unit : p.segments.Quotient(unit), first_segment = unit - t * parts;
+    const int last_segment = by_put ? segments : first_segment + 1;
     const int32_t* choices = choices_of(t);
     const int this_row = next_row;
-    const int next_t = (unit + step) / parts;
+    const int next_t = by_put ? unit + step : p.segments.Quotient(unit + step);
     if (next_t < T) next_row = lane < K ? choices_of(next_t)[lane] : -1;
     std::byte* out = message + p.g.rows + uint64_t(t) * p.g.row_bytes;
     bool any = false;
@@ -728,7 +736,7 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks) SendSumsKernel(const 
       }
     }
     if (next_row >= 0 && next_row < a.num_rows && next_t < T && !by_put) {
-      const int segment_bytes = kWarp * kSumUnroll * 16, at = (unit + step) % parts * segment_bytes;
+      const int segment_bytes = kWarp * kSumUnroll * 16, at = (unit + step - next_t * parts) * segment_bytes;
       for (int i = 0; i < segment_bytes && at + i < p.row_bytes; i += 128) {
         Prefetch(a.rows + uint64_t(next_row) * p.row_bytes + at + i);
       }
@@ -763,32 +771,34 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks) SendSumsKernel(const 
 
 template <typename T_, typename W>
 __global__ void __launch_bounds__(kSumThreads, 4) ReceiveSumsKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveSumsArgs a) {
-  constexpr int V = kValues<T_>, kGranules = 1, kRows = 4;  // more rows at once rather than more of each
+  constexpr int V = kValues<T_>, kRows = 4;  // more rows at once rather than more of each
   __shared__ Op op;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int R = p.g.max_ranks, K = p.g.top_k, G = p.granules;
-  const int segments = max(1, (G + kWarp * kGranules - 1) / (kWarp * kGranules));
+  const int segments = p.segments.value;
   const int first_unit = blockIdx.x * warps + warp;
   const bool small = int64_t(R) * a.num_tokens * p.wire_bytes < kSmallBytes;
   if (first_unit < a.num_tokens * segments) {  // what will be wanted; of both banks where that costs little
-    const int t = first_unit / segments, bytes = kWarp * int(sizeof(Granule<T_, W>));
+    const int t = p.segments.Quotient(first_unit), bytes = kWarp * int(sizeof(Granule<T_, W>));
+    const int begin = (first_unit - t * segments) * bytes;
     for (int i = lane; i < kBanks * R; i += kWarp) {
       const std::byte* message = p.region + p.g.inbox + uint64_t(i) * p.g.message_bytes;
       Prefetch(message + t * sizeof(int32_t));
       const std::byte* row = message + p.g.rows + uint64_t(t) * p.g.row_bytes;
-      for (int at = 0; small && at < bytes && first_unit % segments * bytes + at < p.wire_bytes; at += 128) {
-        Prefetch(row + first_unit % segments * bytes + at);
+      for (int at = 0; small && at < bytes && begin + at < p.wire_bytes; at += 128) {
+        Prefetch(row + begin + at);
       }
     }
   }
   Begin(op, p, /*sending=*/false);
   if (!op.bad && !small && first_unit < a.num_tokens * segments) {
-    const int t = first_unit / segments, bytes = kWarp * int(sizeof(Granule<T_, W>));
+    const int t = p.segments.Quotient(first_unit), bytes = kWarp * int(sizeof(Granule<T_, W>));
+    const int begin = (first_unit - t * segments) * bytes;
     for (int r = lane; r < R; r += kWarp) {
       if (!op.live[r]) continue;
       const std::byte* row = op.inbox(p.g, op.region, r) + p.g.rows + uint64_t(t) * p.g.row_bytes;
-      for (int at = 0; at < bytes && first_unit % segments * bytes + at < p.wire_bytes; at += 128) {
-        Prefetch(row + first_unit % segments * bytes + at);
+      for (int at = 0; at < bytes && begin + at < p.wire_bytes; at += 128) {
+        Prefetch(row + begin + at);
       }
     }
   }
@@ -800,7 +810,7 @@ __global__ void __launch_bounds__(kSumThreads, 4) ReceiveSumsKernel(const __grid
     return;
   }
   for (int unit = first_unit; unit < a.num_tokens * segments; unit += gridDim.x * warps) {
-    const int t = unit / segments, segment = unit % segments, granule = segment * kWarp + lane;
+    const int t = p.segments.Quotient(unit), segment = unit - t * segments, granule = segment * kWarp + lane;
     float sum[V] = {};
     for (int r0 = 0; r0 < R; r0 += kWarp) {
       const int r = r0 + lane;
@@ -876,7 +886,7 @@ __global__ void NotifyKernel(const __grid_constant__ Params p, Notice notice) {
 constexpr size_t kSharedPlanBytes = 40 * 1024;
 constexpr int kSharedPlanChoices = 8192;  // above, each block would read too much of the tables
 
-Params MakeParams(const Launch& l) {
+Params MakeParams(const Launch& l, int granules_at_once) {
   const RowFormat& f = l.format;
   const bool raw = f.wire == Wire::kSame || (f.wire == Wire::kFp8 && !f.dequantize);
   Params p{};
@@ -887,6 +897,8 @@ Params MakeParams(const Launch& l) {
   p.ticket = l.ticket;
   p.order = l.order;
   p.granules = int32_t((raw ? f.row_bytes() : size_t(f.hidden) * TokenBytes(f.type)) / 16);
+  p.segments = Divisor(uint32_t(std::max(1, (p.granules + kWarp * granules_at_once - 1) / (kWarp * granules_at_once))));
+  p.tokens = Divisor(uint32_t(l.geometry.max_tokens));
   p.value_bytes = int32_t(f.value_bytes());
   p.scale_bytes = int32_t(f.scale_bytes());
   p.wire_bytes = int32_t(f.wire_bytes());
@@ -933,7 +945,7 @@ void WithSumTypes(const RowFormat& f, Function function) {
 }  // namespace
 
 void SendTokens(const Launch& l, const SendTokensArgs& a) {
-  Params p = MakeParams(l);
+  Params p = MakeParams(l, kUnroll);
   p.granules = int32_t(size_t(l.format.hidden) * TokenBytes(l.format.type) / 16);
   const int threads = std::clamp((std::max(p.granules, l.geometry.top_k) + 31) / 32 * 32, 64, 1024);
   const int blocks = Blocks(a.num_tokens, 1, l.num_sms * (2048 / threads));
@@ -943,10 +955,10 @@ void SendTokens(const Launch& l, const SendTokensArgs& a) {
 }
 
 void ReceiveTokens(const Launch& l, const ReceiveTokensArgs& a) {
-  const Params p = MakeParams(l);
+  const Params p = MakeParams(l, kUnroll);
   const Geometry& g = l.geometry;
   const int64_t tokens = int64_t(g.max_ranks) * g.max_tokens;
-  const int64_t segments = std::max<int64_t>(1, (p.granules + kWarp * kUnroll - 1) / (kWarp * kUnroll));
+  const int64_t segments = p.segments.value;
   // Rows that stay empty are written, too.
   const int blocks = Blocks(std::max(tokens, a.num_rows / 2) * segments, kMoveThreads / kWarp, l.num_sms * 2);
   const size_t plan_bytes = ScratchBytes(g);
@@ -966,9 +978,9 @@ void ReceiveTokens(const Launch& l, const ReceiveTokensArgs& a) {
 }
 
 void ReceiveAlong(const Launch& l, const ReceiveAlongArgs& a) {
-  const Params p = MakeParams(l);
+  const Params p = MakeParams(l, kUnroll);
   const int64_t tokens = int64_t(l.geometry.max_ranks) * l.geometry.max_tokens;
-  const int64_t segments = std::max<int64_t>(1, (p.granules + kWarp * kUnroll - 1) / (kWarp * kUnroll));
+  const int64_t segments = p.segments.value;
   const int blocks = Blocks(tokens * segments, kMoveThreads / kWarp, l.num_sms * 2);
   WithCodec(l.format, /*encode=*/false, [&](auto codec) {
     ReceiveAlongKernel<decltype(codec)><<<blocks, kMoveThreads, 0, l.stream>>>(p, a);
@@ -976,8 +988,8 @@ void ReceiveAlong(const Launch& l, const ReceiveAlongArgs& a) {
 }
 
 void SendSums(const Launch& l, const SendSumsArgs& a) {
-  const Params p = MakeParams(l);
-  const int64_t segments = std::max<int64_t>(1, (p.granules + kWarp * kSumUnroll - 1) / (kWarp * kSumUnroll));
+  const Params p = MakeParams(l, kSumUnroll);
+  const int64_t segments = p.segments.value;
   const int most = std::max(1, l.num_sms * kSumBlocks / l.geometry.max_ranks);
   const dim3 blocks(Blocks(l.geometry.max_tokens * segments, kSumThreads / kWarp, most), l.geometry.max_ranks);
   WithSumTypes(l.format, [&](auto token, auto wire) {
@@ -987,8 +999,8 @@ void SendSums(const Launch& l, const SendSumsArgs& a) {
 }
 
 void ReceiveSums(const Launch& l, const ReceiveSumsArgs& a) {
-  const Params p = MakeParams(l);
-  const int64_t segments = std::max<int64_t>(1, (p.granules + kWarp - 1) / kWarp);
+  const Params p = MakeParams(l, 1);
+  const int64_t segments = p.segments.value;
   const int blocks = Blocks(a.num_tokens * segments, kSumThreads / kWarp, l.num_sms * 4);
   WithSumTypes(l.format, [&](auto token, auto wire) {
     ReceiveSumsKernel<typename decltype(token)::type, typename decltype(wire)::type>

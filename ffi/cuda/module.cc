@@ -68,6 +68,7 @@ PYBIND11_MODULE(_cuda, m) {
                     py::arg("combine_finish") = Handler(JaxNixlepCombineFinishCuda),
                     py::arg("mark") = Handler(JaxNixlepMarkCuda));
   });
+  m.def("num_launches", &cuda::NumLaunches, "Calls of handlers so far; replays of a command buffer make none.");
   m.def("elapsed_us", &cuda::ElapsedUs, py::arg("start"), py::arg("end"), "Time between two marks, for measurements.");
   m.def(
       "set_endpoint",
@@ -128,7 +129,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def("close", &CudaEndpoint::Close, Unlocked())
       .def("health", &Health, py::arg("rank"))
       .def_property_readonly("failure", &CudaEndpoint::Failure, "Why no operation can run any more; '' while all is well.")
-      .def_property_readonly("num_bytes", &CudaEndpoint::num_bytes)
+      .def_property_readonly("num_bytes", [](const CudaEndpoint& e) { return e.num_bytes() + sizeof(cuda::Control); })
       .def_property_readonly("epoch", &CudaEndpoint::epoch)
       .def_property_readonly("num_operations", &CudaEndpoint::num_operations)
       .def_property_readonly("dropped_rows", &CudaEndpoint::dropped_rows)

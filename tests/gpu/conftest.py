@@ -11,7 +11,7 @@ from ranks import RankPool  # noqa: E402
 
 if not os.environ.get("JAX_NIXLEP_TEST_GPUS"):
     collect_ignore_glob = ["test_*.py"]
-NUM_GPUS = int(os.environ.get("JAX_NIXLEP_TEST_GPUS", "1"))
+NUM_GPUS = int(os.environ.get("JAX_NIXLEP_TEST_GPUS", "1"))  # rank r uses GPU r % NUM_GPUS
 
 _FLAGS = {
     "graphs": "--xla_gpu_graph_min_graph_size=1",
@@ -27,6 +27,7 @@ def gpu_env(transport="pointer", buffers="graphs"):
         "JAX_NIXLEP_P2P": "0" if transport == "put" else "1",
         "XLA_FLAGS": _FLAGS[buffers],
         "UCX_LOG_LEVEL": "error",
+        "JAX_NIXLEP_TEST_GPUS": str(NUM_GPUS),
     }
 
 
@@ -46,10 +47,7 @@ def gpu_pools():
             for other in made.values():
                 other.close()
             made.clear()
-            if NUM_GPUS > 1:
-                made[key] = RankPool(num_ranks, gpu_env(transport, buffers), num_gpus=NUM_GPUS)
-            else:
-                made[key] = RankPool(num_ranks, gpu_env(transport, buffers))
+            made[key] = RankPool(num_ranks, gpu_env(transport, buffers))
         return made[key]
 
     yield pool

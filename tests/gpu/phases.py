@@ -20,7 +20,8 @@ EVICT_BYTES = 1 << 29
 
 def run_rank(rank, ranks, url, barrier, args, results):
     os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "CUDA_MODULE_LOADING": "EAGER",
-                   "XLA_FLAGS": "--xla_gpu_enable_command_buffer=", "UCX_LOG_LEVEL": "error"}  # fmt: skip
+                   "XLA_FLAGS": "--xla_gpu_enable_command_buffer=", "UCX_LOG_LEVEL": "error",
+                   "JAX_CUDA_VISIBLE_DEVICES": str(rank % int(os.environ.get("JAX_NIXLEP_TEST_GPUS") or 1))}  # fmt: skip
     import jax
     import jax.numpy as jnp
     import numpy as np
