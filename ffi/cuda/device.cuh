@@ -172,6 +172,7 @@ struct Op {
   int bad;  // nothing may be believed: outputs are poisoned
   int num_put_peers;
   int wait_for_bank;
+  int overlaps;  // sending: the operation before is not finished; receiving: the next one is started
   uint64_t safe_until_ns;  // no peer has given this rank up before that
   int flag;
   std::byte* pointer[kMaxRanks];
@@ -257,7 +258,8 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending) {
     const Geometry& own = state.geometry;
     // No short circuits: all these loads are to be under way together.
     const uint64_t started = state.started, current = state.current, timeout_ns = state.timeout_ns;
-    const uint64_t begun0 = state.begun_ns[0], begun1 = state.begun_ns[1], split0 = state.split[0], split1 = state.split[1];
+    const uint64_t begun0 = state.begun_ns[0], begun1 = state.begun_ns[1], finished = state.finished;
+    const uint64_t overlapped0 = state.overlapped[0], overlapped1 = state.overlapped[1];
     op.bad = (state.active == 0) | (state.failed != 0) | (own.max_ranks != p.g.max_ranks) |
              (own.max_tokens != p.g.max_tokens) | (own.top_k != p.g.top_k) |
              (own.experts_per_rank != p.g.experts_per_rank) | (own.row_bytes != p.g.row_bytes);
@@ -266,13 +268,14 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending) {
     op.stamp = sending ? started + 1 : p.ticket ? *p.ticket : current;
     op.bank = int(op.stamp % kBanks);
     const uint64_t begun = op.bank ? begun1 : begun0, other_begun = op.bank ? begun0 : begun1;
-    const uint64_t split = op.bank ? split1 : split0;
+    const uint64_t overlapped = op.bank ? overlapped1 : overlapped0;
     op.deadline_ns = begun + timeout_ns;
     op.num_put_peers = int(state.num_put_peers);
     // A peer began this operation after this rank began the one before, and gives up a timeout later. Half of it leaves
-    // room for clocks. With two operations in flight the other bank may be of the one after.
-    op.safe_until_ns = p.ticket ? 0 : other_begun + timeout_ns / 2;
-    op.wait_for_bank = (split != 0) & (split == op.stamp - kBanks);
+    // room for clocks. With two operations in flight the other bank is of the one after.
+    op.overlaps = sending ? finished != started : started != op.stamp;
+    op.safe_until_ns = op.overlaps ? 0 : other_begun + timeout_ns / 2;
+    op.wait_for_bank = (overlapped != 0) & (overlapped == op.stamp - kBanks);
     op.flag = 0;
   }
   __syncthreads();
@@ -441,8 +444,9 @@ __device__ __noinline__ static void SignalByPut(const Op& op, const Params& p, i
 
 // --- First and last acts of each half. ---
 
-// Before the first write of a sending half: the peers must have finished reading what the bank held. Calls of whole
-// operations imply it (a peer answers only after it has); separate halves do not, so there it is waited for.
+// Before the first write of a sending half: the peers must have finished reading what the bank held. Operations one after
+// the other imply it (a peer that answers has finished the one before); where two were in flight it is waited for. All
+// members run the same program, so this rank knows from its own order where that was.
 __device__ __noinline__ static void AwaitBankSlow(Op& op, const Params& p) {
   const DeviceState& state = p.control->state;
   const uint64_t deadline = Now() + state.timeout_ns;
@@ -474,7 +478,7 @@ __device__ inline void EndSend(const Op& op, const Params& p, uint32_t head, uin
   if (!op.bad) {
     state.started = state.current = op.stamp;
     state.begun_ns[op.bank] = begun_ns;
-    state.split[op.bank] = p.ticket ? op.stamp : 0;
+    if (op.overlaps) state.overlapped[1 - op.bank] = op.stamp - 1;
     atomicAdd(&state.operations, 1ull);
   }
   if (p.ticket) {
@@ -486,7 +490,10 @@ __device__ inline void EndSend(const Op& op, const Params& p, uint32_t head, uin
 // After the last read of a receiving half. False: a peer whose data was read has gone on, so that it may have been
 // overwritten. All threads.
 __device__ inline bool EndReceive(Op& op, const Params& p, bool pulled) {
-  if (blockIdx.x == 0 && threadIdx.x == 0 && p.order) *p.order = 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    if (p.order) *p.order = 0;
+    p.control->state.finished = op.stamp;
+  }
   if (op.bad) return true;
   if (pulled) {
     __syncthreads();
@@ -498,7 +505,7 @@ __device__ inline bool EndReceive(Op& op, const Params& p, bool pulled) {
     }
     if (__syncthreads_or(gave_up)) return false;
   }
-  if (p.ticket && IsLast(op, &p.control->state.tails, gridDim.x)) {
+  if (op.overlaps && IsLast(op, &p.control->state.tails, gridDim.x)) {
     for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
       if (r == op.rank) StoreRelease(&p.control->notices[r].finished, op.stamp);
     }

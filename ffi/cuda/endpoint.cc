@@ -224,7 +224,7 @@ void CudaEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
   state->mask_late_peers = options_.mask_late_peers;
   state->timeout_ns = uint64_t(options_.timeout_s * 1e9);
   state->geometry = geometry_;
-  state->started = state->current = uint64_t(epoch) << kEpochShift;
+  state->started = state->current = state->finished = uint64_t(epoch) << kEpochShift;
   state->local_view = local_view_;
   state->remote_view = remote_view_;
   state->operations = before.operations;

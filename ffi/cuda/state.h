@@ -95,7 +95,8 @@ struct DeviceState {
   uint64_t started;              // stamp of the operation that was started last
   uint64_t current;              // the same, for the receiving half of a fused operation
   uint64_t begun_ns[kBanks];     // when the operation of the bank was started
-  uint64_t split[kBanks];        // its stamp, if its halves were called separately
+  uint64_t overlapped[kBanks];   // its stamp, if the next operation was started before it was finished
+  uint64_t finished;             // stamp of the operation that was finished last
   uint64_t timeout_ns;
   int32_t rank;
   uint32_t active;
