@@ -20,3 +20,7 @@ from jax_nixlep.routing import PEER_TIMED_OUT as PEER_TIMED_OUT
 from jax_nixlep.routing import Handle as Handle
 from jax_nixlep.routing import Received as Received
 from jax_nixlep.routing import Status as Status
+from jax_nixlep.split import combine_finish as combine_finish
+from jax_nixlep.split import combine_start as combine_start
+from jax_nixlep.split import dispatch_finish as dispatch_finish
+from jax_nixlep.split import dispatch_start as dispatch_start

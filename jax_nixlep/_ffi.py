@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,10 +17,13 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_nixlep import _host
-from jax_nixlep._host import Endpoint, EpError, NixlError, set_endpoint
+from jax_nixlep._host import Endpoint, EpError, NixlError
 from jax_nixlep._vary import vary
 
-__all__ = ["Endpoint", "EpError", "NixlError", "set_endpoint", "call", "attributes"]
+# Not built is one thing, and fine; built and broken is another, and its error is let through.
+_cuda = importlib.import_module("jax_nixlep._cuda") if importlib.util.find_spec("jax_nixlep._cuda") else None
+
+__all__ = ["Endpoint", "EpError", "NixlError", "cuda_built", "make_endpoint", "set_endpoint", "call", "attributes"]
 
 WIRE_VERSION: int = _host.WIRE_VERSION
 QUANT_BLOCK: int = _host.QUANT_BLOCK
@@ -33,7 +38,7 @@ def _check_abi() -> None:
     """A handler built on a newer FFI than the running jaxlib's loads, and fails at its first call: say so now."""
     header = (Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
     running = tuple(int(re.findall(rf"#define XLA_FFI_API_{part} (\d+)", header)[0]) for part in ("MAJOR", "MINOR"))
-    built = _host.XLA_FFI_API_VERSION
+    built = max(module.XLA_FFI_API_VERSION for module in (_host, _cuda) if module)
     if built[0] != running[0] or built[1] > running[1]:
         raise ImportError(
             f"jax_nixlep: the running jaxlib must have XLA FFI {built[0]}.{built[1]} or newer; got "
@@ -44,6 +49,35 @@ def _check_abi() -> None:
 _check_abi()
 for _name, _handler in _host.handlers().items():
     jax.ffi.register_ffi_target(_TARGET.format(_name), _handler, platform="cpu")
+for _name, _handler in _cuda.handlers().items() if _cuda else ():
+    jax.ffi.register_ffi_target(_TARGET.format(_name), _handler, platform="CUDA")
+
+
+def cuda_built() -> bool:
+    """Whether this installation has kernels for NVIDIA GPUs."""
+    return _cuda is not None
+
+
+def make_endpoint(device: jax.Device, **options: Any) -> Endpoint:
+    """The endpoint of a rank on `device`; keywords as `Endpoint`. Endpoints of all platforms look alike.
+
+    Raises:
+      RuntimeError: there is no module for the device's platform.
+    """
+    if device.platform == "cpu":
+        return Endpoint(**options)
+    if device.platform != "gpu" or _cuda is None:
+        built = "cpu and CUDA" if _cuda else "cpu only; reinstall with nvcc and libucx-cu13 present"
+        raise RuntimeError(f"initialize: devices must be of a platform that was built; got {device.platform}; {built}")
+    return _cuda.Endpoint(device=device.local_hardware_id, **options)
+
+
+def set_endpoint(device: jax.Device, endpoint: Endpoint | None) -> None:
+    """Operations on local `device` use `endpoint` (or none)."""
+    if device.platform == "cpu":  # XLA shows a custom call the global id of a CPU device, the local number of a GPU
+        _host.set_endpoint(device.id, endpoint)
+    else:
+        _cuda.set_endpoint(device.local_hardware_id, endpoint)
 
 
 def attributes(
@@ -87,6 +121,11 @@ def call(name: str, results: Sequence[jax.ShapeDtypeStruct], *args: jax.Array, *
     """Emits custom call `jax_nixlep_<name>`. No JAX effect, so that remat, scan and grad accept it."""
     out = _call_p.bind(*args, name=name, results=tuple(results), attrs=tuple(sorted(attrs.items())))
     return [vary(o) for o in out]
+
+
+def mark(index: int, after: jax.Array) -> jax.Array:
+    """For measurements on a GPU: remembers when the program comes here; see `elapsed_us` of the CUDA module."""
+    return call("mark", [struct((), jnp.float32)], after, index=np.int64(index))[0]
 
 
 def struct(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:

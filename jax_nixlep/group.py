@@ -31,7 +31,7 @@ class PeerHealth:
 
     member: bool
     masked: bool
-    path: str  # "self", "shared memory", "nixl" or "none"
+    path: str  # "self", "shared memory" or "nixl" on CPU, "pointer" or "put" on GPU, or "none"
     bytes_out: int
     bytes_in: int
     wait_s: float
@@ -50,6 +50,7 @@ class Health:
     dropped_rows: int
     invalid_ids: int
     symmetric_bytes: int
+    failure: str  # why no operation can run any more; "" while all is well
     peers: dict[int, PeerHealth]
 
 
@@ -96,6 +97,7 @@ class EpGroup:
             dropped_rows=endpoint.dropped_rows,
             invalid_ids=endpoint.invalid_ids,
             symmetric_bytes=endpoint.num_bytes,
+            failure=getattr(endpoint, "failure", ""),  # operations on a CPU raise at once
             peers=peers,
         )
 
@@ -207,8 +209,9 @@ def initialize(
             server = None
         _check_ranks(config, ranks, [place[2] for place in places])
 
-        def make_endpoint(rank: int) -> _ffi.Endpoint:
-            return _ffi.Endpoint(
+        def make_endpoint(device: jax.Device, rank: int) -> _ffi.Endpoint:
+            return _ffi.make_endpoint(
+                device,
                 rank=rank,
                 max_ranks=config.max_ranks,
                 experts_per_rank=config.experts_per_rank,
@@ -219,7 +222,7 @@ def initialize(
                 mask_late_peers=on_timeout == "mask",
             )
 
-        seats = [Seat(device, team, r, make_endpoint(r)) for device, team, r in places]
+        seats = [Seat(device, team, r, make_endpoint(device, r)) for device, team, r in places]
         group = EpGroup(config, ranks, seats)
         group._server = server
         try:
@@ -276,7 +279,7 @@ def _check_ranks(config: EpConfig, ranks: Sequence[int], own: Sequence[int]) -> 
 
 def _member_places(
     rank: int | None, members: Iterable[int] | None, store: str | None, secret: str | None
-) -> tuple[list[tuple[int, str, int]], list[int], str | None, str | None]:
+) -> tuple[list[tuple[jax.Device, str, int]], list[int], str | None, str | None]:
     env = _launched()
     if env is not None:
         rank = env.rank if rank is None else rank
@@ -293,16 +296,11 @@ def _member_places(
             f"initialize: store must be given for {len(ranks)} members; got None; "
             'pass store="tcp://host:port", the same on every member'
         )
-    return [(_ordinal(jax.local_devices()[0]), "", int(rank))], ranks, store if len(ranks) > 1 else None, secret
+    return [(jax.local_devices()[0], "", int(rank))], ranks, store if len(ranks) > 1 else None, secret
 
 
-def _ordinal(device: jax.Device) -> int:
-    """The number under which XLA shows the device to a custom call: on CPU the global id, else the local ordinal."""
-    return device.id if device.platform == "cpu" else jax.local_devices(backend=device.platform).index(device)
-
-
-def _mesh_places(mesh: jax.sharding.Mesh, axis: str | tuple[str, ...]) -> tuple[list[tuple[int, str, int]], int]:
-    """(local device ordinal, team, rank) of each local device of the mesh, and the size of a team."""
+def _mesh_places(mesh: jax.sharding.Mesh, axis: str | tuple[str, ...]) -> tuple[list[tuple[jax.Device, str, int]], int]:
+    """(device, team, rank) of each local device of the mesh, and the size of a team."""
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     names = list(mesh.axis_names)
     for name in axes:
@@ -315,7 +313,7 @@ def _mesh_places(mesh: jax.sharding.Mesh, axis: str | tuple[str, ...]) -> tuple[
         if device.process_index == jax.process_index():
             team = ",".join(f"{names[i]}={index[i]}" for i in rest)
             rank = int(np.ravel_multi_index([index[names.index(name)] for name in axes], sizes))
-            places.append((_ordinal(device), team, rank))
+            places.append((device, team, rank))
     return places, math.prod(sizes)
 
 

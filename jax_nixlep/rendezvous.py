@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from jax_nixlep import _ffi, _nixl
 from jax_nixlep.config import EpConfig
 from jax_nixlep.store import Store
@@ -22,7 +24,7 @@ _POLL_S = 0.01
 class Seat:
     """One local device's place in a group."""
 
-    device: int  # local ordinal, as XLA hands it to the custom calls
+    device: jax.Device
     team: str  # which group: one for each coordinate of the mesh axes beside the experts'
     rank: int
     endpoint: _ffi.Endpoint

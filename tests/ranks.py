@@ -108,6 +108,8 @@ class Job:
 
 def _serve(pipe, rank: int, num_ranks: int, store: str, env: dict[str, str], path: list[str]) -> None:
     os.environ.update({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"} | env)
+    if num_gpus := int(env.get("JAX_NIXLEP_TEST_GPUS", 0)):
+        os.environ["JAX_CUDA_VISIBLE_DEVICES"] = str(rank % num_gpus)
     sys.path[:] = path
     job = Job(rank, num_ranks, store)
     while True:

@@ -3,45 +3,18 @@
 
 #include <string>
 
+#include "attributes.h"
 #include "host/ops.h"
 #include "host/registry.h"
 
 namespace jax_nixlep {
+namespace {
 
 namespace ffi = xla::ffi;
-
-// The static part of an operation; jax_nixlep/_ffi.py builds the same names.
-struct OpAttributes {
-  int64_t ordinal;
-  int64_t wire;
-  int64_t scale_format;
-  int64_t round_scale;
-  int64_t weighted;  // weights (dispatch) or scalars (combine) travel; a rank without tokens has none to show
-};
-
-}  // namespace jax_nixlep
-
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_nixlep::OpAttributes, xla::ffi::StructMember<int64_t>("ordinal"),
-                                      xla::ffi::StructMember<int64_t>("wire"),
-                                      xla::ffi::StructMember<int64_t>("scale_format"),
-                                      xla::ffi::StructMember<int64_t>("round_scale"),
-                                      xla::ffi::StructMember<int64_t>("weighted"));
-
-namespace jax_nixlep {
-namespace {
 
 using I32 = ffi::Buffer<ffi::S32>;
 using F32 = ffi::Buffer<ffi::F32>;
 using Any = ffi::AnyBuffer;
-
-RowFormat MakeFormat(const OpAttributes& attributes, ffi::DataType type, int64_t hidden) {
-  RowFormat format;
-  format.type = type == ffi::F32 ? TokenType::kFloat32 : type == ffi::BF16 ? TokenType::kBfloat16 : TokenType::kFloat16;
-  format.wire = Wire(attributes.wire);
-  format.fp8 = {ScaleFormat(attributes.scale_format), attributes.round_scale != 0};
-  format.hidden = hidden;
-  return format;
-}
 
 // Runs one operation on the endpoint of `device`; whatever goes wrong becomes an error of the XLA program.
 template <typename Function>

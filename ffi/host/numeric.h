@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "runtime/format.h"
+
 namespace jax_nixlep {
 
 struct bfloat16 {
@@ -28,16 +30,6 @@ inline bfloat16 FromFloat<bfloat16>(float x) {
   const uint32_t quiet_nan = (u >> 16) | 0x40;
   return {uint16_t((u & 0x7FFFFFFF) > 0x7F800000 ? quiet_nan : rounded)};
 }
-
-// How rows travel.
-enum class Wire : int32_t { kSame = 0, kBf16 = 1, kFp8 = 2 };
-// What an fp8 scale is stored as.
-enum class ScaleFormat : int32_t { kFloat32 = 0, kUe8m0 = 1 };
-
-struct Fp8Options {
-  ScaleFormat format = ScaleFormat::kFloat32;
-  bool round_scale = false;
-};
 
 // For float, bfloat16, float16, of which the two types of a conversion must be equal or one be bfloat16. `n` counts
 // values. out = 0 + weights[0] * rows[0] + weights[1] * rows[1] ..., in float32 and in this order, each product rounded

@@ -57,16 +57,6 @@ void DecodeRow(const RowFormat& format, std::byte* row, std::byte* scales, const
   std::memcpy(row, wire, n * sizeof(T));
 }
 
-// What both sides must agree on before they touch each other's bytes.
-uint32_t Digest(const RowFormat& format, bool second_table) {
-  uint32_t words[] = {uint32_t(format.type),       uint32_t(format.wire),
-                      uint32_t(format.fp8.format), uint32_t(format.fp8.round_scale),
-                      uint32_t(format.hidden),     uint32_t(second_table)};
-  uint32_t hash = 2166136261u;  // FNV-1a
-  for (uint32_t word : words) hash = (hash ^ word) * 16777619u;
-  return hash ^ hash >> 24;
-}
-
 bool RoutesTo(const int32_t* ids, int top_k, int rank, int experts_per_rank) {
   return std::any_of(ids, ids + top_k, [&](int32_t id) { return id >= 0 && id / experts_per_rank == rank; });
 }
@@ -182,7 +172,7 @@ void Dispatch(Endpoint& endpoint, const DispatchArgs& a) {
   }
   endpoint.invalid_ids += uint64_t(*a.invalid_ids);
 
-  Operation op(endpoint, {OpKind::kDispatch, a.ordinal, Digest(format, a.weights)}, a.num_tokens, /*broadcast=*/true);
+  Operation op(endpoint, {OpKind::kDispatch, a.ordinal, format.Digest(a.weights)}, a.num_tokens, /*broadcast=*/true);
   SendTokens(op, capacity, format, a.num_tokens, a.x, a.clean_ids, /*send_ids=*/true, a.weights);
   for (int r = 0; r < R; ++r) a.peers[r] = int32_t(op.Wait(r));
 
@@ -254,7 +244,7 @@ void Redispatch(Endpoint& endpoint, const RedispatchArgs& a) {
   const RowFormat& format = a.format;
   CheckHandle(a.row_of, size_t(R) * T * K, a.num_rows, "dispatch along a handle");
 
-  Operation op(endpoint, {OpKind::kRedispatch, a.ordinal, Digest(format, a.weights)}, a.num_tokens, /*broadcast=*/true);
+  Operation op(endpoint, {OpKind::kRedispatch, a.ordinal, format.Digest(a.weights)}, a.num_tokens, /*broadcast=*/true);
   SendTokens(op, capacity, format, a.num_tokens, a.x, a.ids, /*send_ids=*/false, a.weights);
   std::vector<char> filled(size_t(a.num_rows), 0);
   if (a.row_weights) std::fill_n(a.row_weights, a.num_rows, 0.0f);
@@ -292,7 +282,7 @@ void Combine(Endpoint& endpoint, const CombineArgs& a) {
   const size_t H = size_t(format.hidden);
   CheckHandle(a.row_of, size_t(R) * T * K, a.num_rows, "combine");
 
-  Operation op(endpoint, {OpKind::kCombine, a.ordinal, Digest(format, a.row_scalars)}, a.num_tokens,
+  Operation op(endpoint, {OpKind::kCombine, a.ordinal, format.Digest(a.row_scalars)}, a.num_tokens,
                /*broadcast=*/false);
   std::vector<const std::byte*> summands(size_t(std::max(K, R)));
   std::vector<float> weights(summands.size());

@@ -9,31 +9,9 @@
 
 #include "host/numeric.h"
 #include "runtime/endpoint.h"
+#include "runtime/format.h"
 
 namespace jax_nixlep {
-
-enum class TokenType : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
-
-constexpr size_t TokenBytes(TokenType type) { return type == TokenType::kFloat32 ? 4 : 2; }
-
-// How rows of one operation travel and come out.
-struct RowFormat {
-  TokenType type = TokenType::kFloat32;
-  Wire wire = Wire::kSame;
-  Fp8Options fp8{};
-  bool dequantize = true;  // fp8 only: rows come out as `type`; otherwise as e4m3 values and scales
-  int64_t hidden = 0;      // 0: no rows travel, only weights or scalars
-
-  size_t num_scales() const { return wire == Wire::kFp8 ? size_t(hidden) / kQuantBlock : 0; }
-  size_t scale_bytes() const { return num_scales() * (fp8.format == ScaleFormat::kUe8m0 ? 1 : sizeof(float)); }
-  size_t value_bytes() const {
-    return size_t(hidden) * (wire == Wire::kSame ? TokenBytes(type) : wire == Wire::kBf16 ? 2 : 1);
-  }
-  size_t wire_bytes() const { return value_bytes() + scale_bytes(); }
-  size_t row_bytes() const {  // of the result
-    return wire == Wire::kFp8 && !dequantize ? size_t(hidden) : size_t(hidden) * TokenBytes(type);
-  }
-};
 
 // Routes tokens by fresh ids and makes the handle.
 struct DispatchArgs {

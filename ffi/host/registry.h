@@ -10,10 +10,11 @@
 
 namespace jax_nixlep {
 
-class Registry {
+template <typename Endpoint>
+class RegistryOf {
  public:
-  static Registry& Get() {
-    static Registry registry;
+  static RegistryOf& Get() {
+    static RegistryOf registry;
     return registry;
   }
   std::shared_ptr<Endpoint> Find(int32_t device) {
@@ -34,5 +35,6 @@ class Registry {
   std::mutex mutex_;
   std::map<int32_t, std::shared_ptr<Endpoint>> endpoints_;
 };
+using Registry = RegistryOf<Endpoint>;
 
 }  // namespace jax_nixlep

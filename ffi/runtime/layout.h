@@ -33,7 +33,7 @@ struct Signal {
   uint64_t num_tokens;
   uint64_t check;
 
-  static uint64_t Check(uint64_t sender_nonce, uint64_t stamp, uint64_t tag, uint64_t num_tokens) {
+  static constexpr uint64_t Check(uint64_t sender_nonce, uint64_t stamp, uint64_t tag, uint64_t num_tokens) {
     uint64_t mixed =
         sender_nonce ^ stamp * 0x9E3779B97F4A7C15u ^ tag * 0xC2B2AE3D27D4EB4Fu ^ num_tokens * 0x165667B19E3779F9u;
     return mixed ^ mixed >> 29;

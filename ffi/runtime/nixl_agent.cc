@@ -11,7 +11,7 @@ namespace {
 
 // The part of NIXL's C ABI that is used here (values as of nixl 1.5). Handles are opaque pointers.
 enum Status : int { kSuccess = 0, kInProgress = 1 };
-enum MemoryType : int { kHostMemory = 0 };
+enum MemoryType : int { kHostMemory = 0, kGpuMemory = 1 };
 enum Operation : int { kWrite = 1 };
 enum ThreadSync : int { kStrict = 1 };
 
@@ -29,6 +29,10 @@ struct AgentConfig {
 // How long the progress thread sleeps when nothing happens; events wake it earlier.
 constexpr uint64_t kProgressDelayUs = 1000;
 
+// Of the UCX backend; what memory views were seen to work with (channels for kernels, no error callbacks).
+constexpr std::pair<const char*, const char*> kGpuParams[] = {
+    {"ucx_num_device_channels", "4"}, {"ucx_error_handling_mode", "none"}, {"num_workers", "1"}};
+
 void Check(int status, const char* what) {
   if (status != kSuccess)
     throw NixlError(std::string("nixl: ") + what + " failed with status " + std::to_string(status));
@@ -43,6 +47,7 @@ struct NixlAgent::Api {
   int (*destroy_agent)(void*);
   int (*create_params)(void**);
   int (*destroy_params)(void*);
+  int (*params_add)(void*, const char*, const char*);
   int (*create_backend)(void*, const char*, void*, void**);
   int (*destroy_backend)(void*);
   int (*create_opt_args)(void**);
@@ -65,6 +70,12 @@ struct NixlAgent::Api {
   int (*get_xfer_status)(void*, void*);
   int (*release_xfer_req)(void*, void*);
   int (*destroy_xfer_req)(void*);
+  int (*create_remote_dlist)(int, void**);
+  int (*destroy_remote_dlist)(void*);
+  int (*remote_dlist_add_desc)(void*, uintptr_t, size_t, uint64_t, const char*);
+  int (*prep_mem_view_local)(void*, void*, void**, void*);
+  int (*prep_mem_view_remote)(void*, void*, void**, void*);
+  int (*release_mem_view)(void*, void*);
 
   explicit Api(const std::string& path) {
     // UCX would otherwise replace the process's handlers for SIGSEGV and friends.
@@ -83,13 +94,16 @@ struct NixlAgent::Api {
     FIND(register_mem), FIND(deregister_mem), FIND(get_local_md), FIND(load_remote_md), FIND(invalidate_remote_md);
     FIND(agent_make_connection), FIND(create_xfer_dlist), FIND(destroy_xfer_dlist), FIND(xfer_dlist_add_desc);
     FIND(create_xfer_req), FIND(post_xfer_req), FIND(get_xfer_status), FIND(release_xfer_req), FIND(destroy_xfer_req);
+    FIND(params_add), FIND(create_remote_dlist), FIND(destroy_remote_dlist), FIND(remote_dlist_add_desc);
+    FIND(prep_mem_view_local), FIND(prep_mem_view_remote), FIND(release_mem_view);
 #undef FIND
     if (is_stub()) throw NixlError("nixl: " + path + " is a stub without an implementation; install nixl >= 1.5");
   }
   // The library stays loaded: UCX keeps threads and exit handlers of its own.
 };
 
-NixlAgent::NixlAgent(const std::string& library, const std::string& name) : api_(std::make_unique<Api>(library)) {
+NixlAgent::NixlAgent(const std::string& library, const std::string& name, int gpu)
+    : api_(std::make_unique<Api>(library)), gpu_(gpu) {
   try {
     AgentConfig config{.enable_progress_thread = true,
                        .enable_listen_thread = false,
@@ -102,6 +116,9 @@ NixlAgent::NixlAgent(const std::string& library, const std::string& name) : api_
     Check(api_->create_configured_agent(name.c_str(), &config, &agent_), "creating an agent");
     void* params = nullptr;
     Check(api_->create_params(&params), "create_params");
+    if (gpu_ != kHost) {
+      for (auto [key, value] : kGpuParams) Check(api_->params_add(params, key, value), "params_add");
+    }
     int status = api_->create_backend(agent_, "UCX", params, &backend_);
     api_->destroy_params(params);
     Check(status, "creating the UCX backend");
@@ -116,9 +133,9 @@ NixlAgent::NixlAgent(const std::string& library, const std::string& name) : api_
 NixlAgent::~NixlAgent() { Close(); }
 
 void NixlAgent::Close() {
-  if (registered_) {
-    api_->deregister_mem(agent_, registered_, options_);
-    api_->destroy_reg_dlist(registered_);
+  for (void* list : registered_) {
+    api_->deregister_mem(agent_, list, options_);
+    api_->destroy_reg_dlist(list);
   }
   if (options_) api_->destroy_opt_args(options_);
   if (backend_) api_->destroy_backend(backend_);
@@ -127,12 +144,13 @@ void NixlAgent::Close() {
 
 void NixlAgent::Register(std::byte* data, size_t num_bytes) {
   void* list = nullptr;
-  Check(api_->create_reg_dlist(kHostMemory, &list), "create_reg_dlist");
-  int status = api_->reg_dlist_add_desc(list, reinterpret_cast<uintptr_t>(data), num_bytes, 0, nullptr, 0);
+  Check(api_->create_reg_dlist(gpu_ == kHost ? kHostMemory : kGpuMemory, &list), "create_reg_dlist");
+  const auto device = uint64_t(gpu_ == kHost ? 0 : gpu_);
+  int status = api_->reg_dlist_add_desc(list, reinterpret_cast<uintptr_t>(data), num_bytes, device, nullptr, 0);
   if (status == kSuccess) status = api_->register_mem(agent_, list, options_);
   if (status != kSuccess) api_->destroy_reg_dlist(list);
   Check(status, "registering the symmetric memory");
-  registered_ = list;
+  registered_.push_back(list);
 }
 
 std::string NixlAgent::Metadata() const {
@@ -154,6 +172,36 @@ std::string NixlAgent::Connect(const std::string& metadata) {
 }
 
 void NixlAgent::Disconnect(const std::string& peer) { api_->invalidate_remote_md(agent_, peer.c_str()); }
+
+void* NixlAgent::LocalView(std::span<const ViewRow> rows) {
+  void *list = nullptr, *view = nullptr;
+  Check(api_->create_xfer_dlist(kGpuMemory, &list), "create_xfer_dlist");
+  int status = kSuccess;
+  for (const ViewRow& row : rows) {
+    if (status == kSuccess) status = api_->xfer_dlist_add_desc(list, row.base, row.num_bytes, uint64_t(row.device));
+  }
+  if (status == kSuccess) status = api_->prep_mem_view_local(agent_, list, &view, options_);
+  api_->destroy_xfer_dlist(list);
+  Check(status, "preparing the local memory view");
+  return view;
+}
+
+void* NixlAgent::RemoteView(std::span<const ViewRow> rows) {
+  void *list = nullptr, *view = nullptr;
+  Check(api_->create_remote_dlist(kGpuMemory, &list), "create_remote_dlist");
+  int status = kSuccess;
+  for (const ViewRow& row : rows) {
+    if (status != kSuccess) break;
+    const char* agent = row.agent.empty() ? nullptr : row.agent.c_str();  // null: a hole
+    status = api_->remote_dlist_add_desc(list, row.base, row.num_bytes, uint64_t(row.device), agent);
+  }
+  if (status == kSuccess) status = api_->prep_mem_view_remote(agent_, list, &view, options_);
+  api_->destroy_remote_dlist(list);
+  Check(status, "preparing the memory view of the peers");
+  return view;
+}
+
+void NixlAgent::ReleaseView(void* view) { api_->release_mem_view(agent_, view); }
 
 NixlAgent::Transfer::Transfer(NixlAgent& agent, const std::string& peer, std::span<const Piece> pieces)
     : agent_(&agent) {

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 namespace jax_nixlep {
 
@@ -17,6 +18,8 @@ struct NixlError : std::runtime_error {
 
 class NixlAgent {
  public:
+  static constexpr int kHost = -1;
+
   // A piece to write: the same length at `local` here and at `remote` in the peer's memory.
   struct Piece {
     const std::byte* local;
@@ -45,7 +48,8 @@ class NixlAgent {
   };
 
   // `library`: path of libnixl_capi.so. Throws NixlError if it is missing, a stub, or lacks a function.
-  NixlAgent(const std::string& library, const std::string& name);
+  // `gpu`: the CUDA device whose memory is registered, and whose context must be current; kHost for host memory.
+  NixlAgent(const std::string& library, const std::string& name, int gpu = kHost);
   ~NixlAgent();
 
   void Register(std::byte* data, size_t num_bytes);
@@ -55,15 +59,29 @@ class NixlAgent {
   std::string Connect(const std::string& metadata);
   void Disconnect(const std::string& peer);
 
+  // A row of a memory view: registered memory, of this agent or of a peer. A remote row without an agent is a hole,
+  // which must not be used.
+  struct ViewRow {
+    uint64_t base = 0;
+    size_t num_bytes = 0;
+    int device = 0;
+    std::string agent = {};
+  };
+  // Memory views: handles that kernels use to write to peers. Release them before the agent goes.
+  void* LocalView(std::span<const ViewRow> rows);
+  void* RemoteView(std::span<const ViewRow> rows);
+  void ReleaseView(void* view);
+
  private:
   struct Api;
   void Close();
 
   std::unique_ptr<Api> api_;
+  const int gpu_;
   void* agent_ = nullptr;
   void* backend_ = nullptr;
   void* options_ = nullptr;
-  void* registered_ = nullptr;
+  std::vector<void*> registered_;
 };
 
 }  // namespace jax_nixlep

@@ -1,0 +1,520 @@
+// What every kernel is made of: memory access, conversions, and one block's view of an operation.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+#include <ucp/api/device/ucp_device_impl.h>
+
+#include "cuda/kernels.h"
+
+namespace jax_nixlep::cuda {
+
+inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+inline constexpr int kWarp = 32;
+
+// --- Memory ---
+
+__device__ inline uint64_t LoadAcquire(const uint64_t* p) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
+  return value;
+}
+__device__ inline uint64_t LoadRelaxed(const uint64_t* p) {
+  uint64_t value;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
+  return value;
+}
+__device__ inline uint32_t LoadRelaxed(const uint32_t* p) {
+  uint32_t value;
+  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+  return value;
+}
+__device__ inline void StoreRelaxed(uint64_t* p, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+}
+__device__ inline void StoreRelaxed(uint32_t* p, uint32_t value) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
+}
+__device__ inline void StoreRelease(uint64_t* p, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+}
+
+__device__ inline uint64_t Now() {
+  uint64_t ns;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+  return ns;
+}
+
+// Neighbouring 4-byte words that move in one instruction. Values inside are taken apart by Unpack, in registers.
+template <int kWords>
+struct alignas(4 * kWords) Words {
+  uint32_t w[kWords];
+};
+
+// Rows are used once: keep them out of L1, which would only delay the loads. Never the read-only path: peers write
+// while kernels run.
+template <int kWords>
+__device__ inline Words<kWords> LoadOnce(const std::byte* p) {
+  static_assert(kWords == 4 || kWords == 2 || kWords == 1);
+  Words<kWords> x;
+  if constexpr (kWords == 4) {
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3])
+                 : "l"(p));
+  } else if constexpr (kWords == 2) {
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(x.w[0]), "=r"(x.w[1]) : "l"(p));
+  } else {
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(x.w[0]) : "l"(p));
+  }
+  return x;
+}
+
+template <int kWords>
+__device__ inline void Store(std::byte* p, const Words<kWords>& x) {
+  if constexpr (kWords == 4) {
+    *reinterpret_cast<uint4*>(p) = {x.w[0], x.w[1], x.w[2], x.w[3]};
+  } else if constexpr (kWords == 2) {
+    *reinterpret_cast<uint2*>(p) = {x.w[0], x.w[1]};
+  } else {
+    *reinterpret_cast<uint32_t*>(p) = x.w[0];
+  }
+}
+
+// --- Numbers: a granule is one 16-byte vector of tokens, or the same values on the wire. ---
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+struct e4m3 {
+  uint8_t bits;
+};
+
+template <typename T>
+inline constexpr int kValues = 16 / int(sizeof(T));  // in a granule
+template <typename T, typename W>
+inline constexpr int kWordsOf = int(kValues<T> * sizeof(W) / 4);
+template <typename T, typename W>
+using Granule = Words<kWordsOf<T, W>>;  // of tokens of type T, stored as W
+
+template <typename W, int kWords, int kCount>
+__device__ inline void Unpack(float (&out)[kCount], const Words<kWords>& in) {
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const uint32_t w = in.w[i];
+    if constexpr (sizeof(W) == 4) {
+      out[i] = __uint_as_float(w);
+    } else if constexpr (std::is_same_v<W, bf16>) {
+      out[2 * i] = __uint_as_float(w << 16);
+      out[2 * i + 1] = __uint_as_float(w & 0xFFFF0000u);
+    } else if constexpr (std::is_same_v<W, f16>) {
+      out[2 * i] = __half2float(__ushort_as_half(uint16_t(w)));
+      out[2 * i + 1] = __half2float(__ushort_as_half(uint16_t(w >> 16)));
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        out[4 * i + j] = __half2float(__half(__nv_cvt_fp8_to_halfraw(uint8_t(w >> 8 * j), __NV_E4M3)));
+      }
+    }
+  }
+}
+
+template <typename W, int kWords, int kCount>
+__device__ inline void Pack(Words<kWords>& out, const float (&in)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    if constexpr (sizeof(W) == 4) {
+      out.w[i] = __float_as_uint(in[i]);
+    } else if constexpr (std::is_same_v<W, bf16>) {
+      out.w[i] = uint32_t(__bfloat16_as_ushort(__float2bfloat16_rn(in[2 * i]))) |
+                 uint32_t(__bfloat16_as_ushort(__float2bfloat16_rn(in[2 * i + 1]))) << 16;
+    } else if constexpr (std::is_same_v<W, f16>) {
+      out.w[i] = uint32_t(__half_as_ushort(__float2half_rn(in[2 * i]))) |
+                 uint32_t(__half_as_ushort(__float2half_rn(in[2 * i + 1]))) << 16;
+    } else {
+      out.w[i] = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        out.w[i] |= uint32_t(__nv_cvt_float_to_fp8(in[4 * i + j], __NV_SATFINITE, __NV_E4M3)) << 8 * j;
+      }
+    }
+  }
+}
+
+// Division by a number that the host knows; exact while the product of both is below 2^32.
+struct Divisor {
+  uint32_t value = 1, reciprocal = 0;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t d) : value(d), reciprocal(d > 1 ? uint32_t(((uint64_t(1) << 32) + d - 1) / d) : 0) {}
+  __device__ int Quotient(int n) const { return reciprocal ? int(__umulhi(uint32_t(n), reciprocal)) : n; }
+};
+
+// --- One block's view of an operation. ---
+
+struct Params {
+  Control* control;
+  const std::byte* region;  // for prefetches only: a replayed graph may hold that of an earlier group
+  Geometry g;
+  uint64_t tag;
+  uint64_t* ticket;
+  float* order;
+  int32_t granules;        // of a row
+  Divisor segments;        // of a row: what one warp handles at a time
+  Divisor tokens;          // max_tokens
+  int32_t value_bytes, scale_bytes, wire_bytes, row_bytes;
+  uint32_t ue8m0, round_scale;
+};
+
+struct Op {
+  std::byte* region;
+  uint64_t stamp, deadline_ns;
+  int bank, rank;
+  int bad;  // nothing may be believed: outputs are poisoned
+  int num_put_peers;
+  int wait_for_bank;
+  int overlaps;  // sending: the operation before is not finished; receiving: the next one is started
+  uint64_t safe_until_ns;  // no peer has given this rank up before that
+  int flag;
+  std::byte* pointer[kMaxRanks];
+  Control* control[kMaxRanks];
+  int tokens[kMaxRanks];
+  uint8_t live[kMaxRanks];
+
+  __device__ std::byte* outbox(const Geometry& g, std::byte* of, int to) const {
+    return of + g.outbox + (uint64_t(bank) * g.max_ranks + to) * g.message_bytes;
+  }
+  __device__ std::byte* inbox(const Geometry& g, std::byte* of, int from) const {
+    return of + g.inbox + (uint64_t(bank) * g.max_ranks + from) * g.message_bytes;
+  }
+  // Where the inbox for messages from this rank lies in the region of any peer.
+  __device__ uint64_t inbox_offset(const Geometry& g) const {
+    return g.inbox + (uint64_t(bank) * g.max_ranks + rank) * g.message_bytes;
+  }
+};
+
+// Lines that will be read: into L2, where they are at home, hence always fresh.
+__device__ inline void Prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Writes to row `to` of the peers' regions, from this rank's.
+template <ucs_device_level_t kLevel>
+__device__ __noinline__ void Put(const Op& op, const DeviceState& state, int to, const std::byte* local, uint64_t offset,
+                           uint64_t num_bytes) {
+  if (!num_bytes) return;
+  ucp_device_put<kLevel>(static_cast<ucp_device_local_mem_list_h>(state.local_view), 0, size_t(local - op.region),
+                         static_cast<ucp_device_remote_mem_list_h>(state.remote_view), unsigned(RegionRow(to)), offset,
+                         num_bytes, 0, UCP_DEVICE_FLAG_NODELAY, nullptr);
+}
+// Writes a field of the control block to the same place of the peer's.
+template <ucs_device_level_t kLevel>
+__device__ __noinline__ void PutControl(Control* own, int max_ranks, int to, const void* field, uint64_t num_bytes) {
+  const size_t offset = size_t(static_cast<const char*>(field) - reinterpret_cast<const char*>(own));
+  ucp_device_put<kLevel>(static_cast<ucp_device_local_mem_list_h>(own->state.local_view), 1, offset,
+                         static_cast<ucp_device_remote_mem_list_h>(own->state.remote_view),
+                         unsigned(ControlRow(to, max_ranks)), offset, num_bytes, 0, UCP_DEVICE_FLAG_NODELAY, nullptr);
+}
+
+// Sets a field of the notice cell that `to` keeps for this rank. One thread; `member` points to it in the own block.
+template <typename T>
+__device__ inline void SetNotice(const Op& op, const Params& p, int to, T NoticeCell::* field, T value) {
+  if (op.control[to]) {
+    __threadfence_system();
+    StoreRelaxed(&(op.control[to]->notices[op.rank].*field), value);
+    return;
+  }
+  T* own = &(p.control->notices[op.rank].*field);
+  StoreRelaxed(own, value);
+  __threadfence_system();
+  PutControl<UCS_DEVICE_LEVEL_THREAD>(p.control, p.g.max_ranks, to, own, sizeof(T));
+}
+
+// Ends this and all later operations of the endpoint, and tells the peers. One thread.
+__device__ __noinline__ static void Fail(Op& op, const Params& p, Failure why, int peer, uint64_t other_tag = 0) {
+  DeviceState& state = p.control->state;
+  op.bad = 1;
+  if (atomicCAS(&state.failed, 0u, uint32_t(why)) != 0) return;
+  state.report->stamp = op.stamp;
+  state.report->tag = p.tag;
+  state.report->other_tag = other_tag;
+  state.report->peer = peer;
+  __threadfence_system();
+  StoreRelaxed(&state.report->code, uint32_t(why));
+  for (int r = 0; r < p.g.max_ranks; ++r) {
+    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, uint32_t(Notice::kFailed));
+  }
+}
+
+// Loads the operation. All threads of the block.
+__device__ inline void Begin(Op& op, const Params& p, bool sending) {
+  const DeviceState& state = p.control->state;
+  for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
+    const PeerState_& peer = state.peers[r];
+    if (!sending) Prefetch(&p.control->signals[0][r]), Prefetch(&p.control->signals[1][r]);
+    op.pointer[r] = peer.pointer;
+    op.control[r] = peer.control;
+    op.live[r] = (peer.member != 0) & (peer.masked == 0);
+    op.tokens[r] = 0;
+  }
+  if (threadIdx.x == 0) {
+    const Geometry& own = state.geometry;
+    // No short circuits: all these loads are to be under way together.
+    const uint64_t started = state.started, current = state.current, timeout_ns = state.timeout_ns;
+    const uint64_t begun0 = state.begun_ns[0], begun1 = state.begun_ns[1], finished = state.finished;
+    const uint64_t overlapped0 = state.overlapped[0], overlapped1 = state.overlapped[1];
+    op.bad = (state.active == 0) | (state.failed != 0) | (own.max_ranks != p.g.max_ranks) |
+             (own.max_tokens != p.g.max_tokens) | (own.top_k != p.g.top_k) |
+             (own.experts_per_rank != p.g.experts_per_rank) | (own.row_bytes != p.g.row_bytes);
+    op.rank = state.rank;
+    op.region = state.region;
+    op.stamp = sending ? started + 1 : p.ticket ? *p.ticket : current;
+    op.bank = int(op.stamp % kBanks);
+    const uint64_t begun = op.bank ? begun1 : begun0, other_begun = op.bank ? begun0 : begun1;
+    const uint64_t overlapped = op.bank ? overlapped1 : overlapped0;
+    op.deadline_ns = begun + timeout_ns;
+    op.num_put_peers = int(state.num_put_peers);
+    // A peer began this operation after this rank began the one before, and gives up a timeout later. Half of it leaves
+    // room for clocks. With two operations in flight the other bank is of the one after.
+    op.overlaps = sending ? finished != started : started != op.stamp;
+    op.safe_until_ns = op.overlaps ? 0 : other_begun + timeout_ns / 2;
+    op.wait_for_bank = (overlapped != 0) & (overlapped == op.stamp - kBanks);
+    op.flag = 0;
+  }
+  __syncthreads();
+}
+
+// Settles for all blocks whether `peer` was in time, once its deadline has passed. True: it was not.
+__device__ __noinline__ static bool DecideTimeout(Op& op, const Params& p, int peer, bool timed_out) {
+  DeviceState& state = p.control->state;
+  auto* word = reinterpret_cast<unsigned long long*>(&state.peers[peer].decision);
+  unsigned long long seen = atomicAdd(word, 0ull);
+  for (;;) {
+    if ((seen & ~kTimedOutBit) == op.stamp) return seen & kTimedOutBit;
+    const unsigned long long found = atomicCAS(word, seen, op.stamp | (timed_out ? kTimedOutBit : 0));
+    if (found == seen) break;
+    seen = found;
+  }
+  if (timed_out) {
+    state.peers[peer].masked = op.stamp;
+    state.counters[peer].timeouts += 1;
+    // Before anything that the peer may be reading is overwritten.
+    SetNotice(op, p, peer, &NoticeCell::given_up, op.stamp);
+    __threadfence_system();
+  }
+  return timed_out;
+}
+
+// True if the peer went on without this rank: what it sent, or offers to be read, may be gone.
+__device__ inline bool GaveUp(const Op& op, const Params& p, int peer) {
+  const uint64_t stamp = LoadRelaxed(&p.control->notices[peer].given_up);
+  return stamp && stamp >> kEpochShift == op.stamp >> kEpochShift && stamp <= op.stamp;
+}
+
+inline constexpr uint64_t kGraceNs = 1'000'000;  // far above the skew of the timer between blocks
+
+// Waits for one peer's message. One thread.
+__device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
+  DeviceState& state = p.control->state;
+  const SignalCell& cell = p.control->signals[op.bank][r];
+  const bool by_put = op.pointer[r] == nullptr;
+  const uint64_t* counter = &cell.arrivals[(op.stamp >> kEpochShift) % kEpochSlots];
+  const uint64_t wanted = ((op.stamp & ((uint64_t(1) << kEpochShift) - 1)) + 1) / kBanks;
+  const Signal* signal = &cell.signal;
+  bool stopped = false;
+  for (uint64_t first = 0;;) {
+    const bool counted = !by_put || LoadAcquire(counter) >= wanted;
+    const uint64_t tag = LoadRelaxed(&signal->tag), tokens = LoadRelaxed(&signal->num_tokens);
+    const uint64_t check = LoadRelaxed(&signal->check);
+    const bool gave_up = r != op.rank && GaveUp(op, p, r);
+    const uint64_t stamp = LoadAcquire(&signal->stamp);
+    const uint64_t now = Now();
+    if (!first) first = now;
+    const bool arrived = counted && stamp == op.stamp && check == Signal::Check(0, stamp, tag, tokens);
+    bool done = arrived;
+    if (gave_up) {
+      Fail(op, p, Failure::kPeerAhead, r);
+      done = true;
+    } else if (arrived) {
+      if (now >= op.deadline_ns && DecideTimeout(op, p, r, false)) {
+        op.live[r] = 0;
+        if (!state.mask_late_peers) Fail(op, p, Failure::kTimedOut, r);
+      } else if (tag != p.tag) {
+        Fail(op, p, Failure::kOtherOp, r, tag);
+      } else if (tokens > uint64_t(p.g.max_tokens)) {
+        Fail(op, p, Failure::kBadCount, r);
+      } else {
+        op.tokens[r] = int(tokens);
+      }
+    } else if (stamp > op.stamp && stamp >> kEpochShift == op.stamp >> kEpochShift) {
+      Fail(op, p, Failure::kPeerAhead, r);
+      done = true;
+    } else if (stopped) {  // and the message was still not there when looked for once more
+      const bool left = LoadRelaxed(&p.control->notices[r].notice) == uint32_t(Notice::kLeft);
+      Fail(op, p, left ? Failure::kPeerLeft : Failure::kPeerFailed, r);
+      done = true;
+    } else if (now >= op.deadline_ns + kGraceNs && DecideTimeout(op, p, r, true)) {
+      op.live[r] = 0;
+      if (!state.mask_late_peers) Fail(op, p, Failure::kTimedOut, r);
+      done = true;
+    } else if (LoadRelaxed(&state.closing) || LoadRelaxed(&state.failed)) {
+      op.bad = 1;
+      done = true;
+    }
+    if (done) {
+      if (blockIdx.x == 0) state.counters[r].wait_ns += now - first;
+      return;
+    }
+    stopped = LoadRelaxed(&p.control->notices[r].notice) != 0;
+  }
+}
+
+// Waits for all live members. All threads of the block; on return `live`, `tokens` and `bad` are settled.
+__device__ inline void AwaitAll(Op& op, const Params& p) {
+  if (!op.bad) {
+    for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
+      if (!op.live[r]) continue;
+      // The common case first, and short: code has to be fetched, too.
+      const Signal& signal = p.control->signals[op.bank][r].signal;
+      const uint64_t tag = LoadRelaxed(&signal.tag), tokens = LoadRelaxed(&signal.num_tokens);
+      const uint64_t check = LoadRelaxed(&signal.check), given_up = LoadRelaxed(&p.control->notices[r].given_up);
+      const uint64_t stamp = LoadAcquire(&signal.stamp);
+      if ((stamp == op.stamp) & (check == Signal::Check(0, stamp, tag, tokens)) & (tag == p.tag) & (given_up == 0) &
+          (tokens <= uint64_t(p.g.max_tokens)) & (op.pointer[r] != nullptr) & (Now() < op.deadline_ns)) {
+        op.tokens[r] = int(tokens);
+      } else {
+        AwaitPeer(op, p, r);
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// True in the last of `count` blocks to come here; what the others wrote before is then visible to it, and what it
+// signals is visible after all that to every reader in the system. All threads.
+__device__ inline bool IsLast(Op& op, uint32_t* counter, uint32_t count) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();
+    op.flag = count == 1 || atomicInc(counter, count - 1) == count - 1;
+    if (count > 1) __threadfence();
+  }
+  __syncthreads();
+  return op.flag;
+}
+
+// Sets bytes of an output, with all threads of the grid.
+__device__ __noinline__ static void Fill(void* data, uint64_t num_bytes, uint32_t pattern) {
+  if (!data) return;
+  const uint64_t index = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = uint64_t(gridDim.x) * blockDim.x;
+  auto* bytes = static_cast<uint8_t*>(data);
+  const uint64_t vectors = reinterpret_cast<uint64_t>(data) % 16 ? 0 : num_bytes / 16;
+  const uint4 vector{pattern, pattern, pattern, pattern};
+  for (uint64_t i = index; i < vectors; i += step) reinterpret_cast<uint4*>(bytes)[i] = vector;
+  for (uint64_t i = vectors * 16 + index; i < num_bytes; i += step) bytes[i] = uint8_t(pattern);
+}
+
+// Tells `to` that this rank's message is complete, after IsLast: one thread where there is a pointer, else a warp.
+__device__ inline void SignalByPointer(const Op& op, const Params& p, int to, int num_tokens) {
+  Signal* signal = &op.control[to]->signals[op.bank][op.rank].signal;
+  StoreRelaxed(&signal->tag, p.tag);
+  StoreRelaxed(&signal->num_tokens, uint64_t(num_tokens));
+  StoreRelaxed(&signal->check, Signal::Check(0, op.stamp, p.tag, uint64_t(num_tokens)));
+  StoreRelaxed(&signal->stamp, op.stamp);  // the fences of IsLast came before; `check` ties the four words together
+}
+__device__ __noinline__ static void SignalByPut(const Op& op, const Params& p, int to, int num_tokens) {
+  SignalCell* own = &p.control->signals[op.bank][op.rank];
+  if (threadIdx.x % kWarp == 0) {  // several warps may write the same words
+    StoreRelaxed(&own->signal.tag, p.tag);
+    StoreRelaxed(&own->signal.num_tokens, uint64_t(num_tokens));
+    StoreRelaxed(&own->signal.check, Signal::Check(0, op.stamp, p.tag, uint64_t(num_tokens)));
+    StoreRelaxed(&own->signal.stamp, op.stamp);
+  }
+  __threadfence_system();
+  __syncwarp();
+  PutControl<UCS_DEVICE_LEVEL_WARP>(p.control, p.g.max_ranks, to, own, sizeof(Signal));
+  __threadfence_system();
+  __syncwarp();
+  if (threadIdx.x % kWarp == 0) {
+    const uint64_t* counter = &own->arrivals[(op.stamp >> kEpochShift) % kEpochSlots];
+    const size_t offset = size_t(reinterpret_cast<const char*>(counter) - reinterpret_cast<const char*>(p.control));
+    ucp_device_counter_inc<UCS_DEVICE_LEVEL_THREAD>(
+        1, static_cast<ucp_device_remote_mem_list_h>(p.control->state.remote_view),
+        unsigned(ControlRow(to, p.g.max_ranks)), offset, 0, UCP_DEVICE_FLAG_NODELAY, nullptr);
+  }
+  __syncwarp();
+}
+
+// --- First and last acts of each half. ---
+
+// Before the first write of a sending half: the peers must have finished reading what the bank held. Operations one after
+// the other imply it (a peer that answers has finished the one before); where two were in flight it is waited for. All
+// members run the same program, so this rank knows from its own order where that was.
+__device__ __noinline__ static void AwaitBankSlow(Op& op, const Params& p) {
+  const DeviceState& state = p.control->state;
+  const uint64_t deadline = Now() + state.timeout_ns;
+  for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
+    if (!op.live[r]) continue;
+    const NoticeCell& cell = p.control->notices[r];
+    while (LoadAcquire(&cell.finished) < op.stamp - kBanks) {
+      if (LoadRelaxed(&cell.notice) || LoadRelaxed(&state.closing) || Now() > deadline) {
+        Fail(op, p, Failure::kNotFinished, r);
+        break;
+      }
+    }
+  }
+  __syncthreads();
+}
+
+__device__ inline void AwaitBank(Op& op, const Params& p) {
+  if (op.wait_for_bank && !op.bad) AwaitBankSlow(op, p);
+}
+
+// Counts the blocks that have read the state; EndSend uses the answer, by when it has arrived.
+__device__ inline uint32_t PassHead(const Params& p) {
+  return threadIdx.x == 0 ? atomicInc(&p.control->state.heads, gridDim.x * gridDim.y - 1) : 0;
+}
+
+__device__ inline void EndSend(const Op& op, const Params& p, uint32_t head, uint64_t begun_ns) {
+  if (threadIdx.x != 0 || head != gridDim.x * gridDim.y - 1) return;
+  DeviceState& state = p.control->state;
+  if (!op.bad) {
+    state.started = state.current = op.stamp;
+    state.begun_ns[op.bank] = begun_ns;
+    if (op.overlaps) state.overlapped[1 - op.bank] = op.stamp - 1;
+    atomicAdd(&state.operations, 1ull);
+  }
+  if (p.ticket) {
+    *p.ticket = op.stamp;
+    if (p.order) *p.order = 0;
+  }
+}
+
+// After the last read of a receiving half. False: a peer whose data was read has gone on, so that it may have been
+// overwritten. All threads.
+__device__ inline bool EndReceive(Op& op, const Params& p, bool pulled) {
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    if (p.order) *p.order = 0;
+    p.control->state.finished = op.stamp;
+  }
+  if (op.bad) return true;
+  if (pulled) {
+    __syncthreads();
+    bool gave_up = false;
+    for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
+      if (r == op.rank || !op.live[r] || Now() < op.safe_until_ns || !GaveUp(op, p, r)) continue;
+      Fail(op, p, Failure::kOverwritten, r);
+      gave_up = true;
+    }
+    if (__syncthreads_or(gave_up)) return false;
+  }
+  if (op.overlaps && IsLast(op, &p.control->state.tails, gridDim.x)) {
+    for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
+      if (r == op.rank) StoreRelease(&p.control->notices[r].finished, op.stamp);
+    }
+    __syncthreads();
+    for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
+      if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::finished, op.stamp);
+    }
+  }
+  return true;
+}
+
+}  // namespace jax_nixlep::cuda

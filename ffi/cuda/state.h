@@ -1,0 +1,135 @@
+// What kernels and host share: the state of an endpoint in device memory, and where things lie in a region.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "runtime/layout.h"
+
+namespace jax_nixlep::cuda {
+
+inline constexpr int kMaxRanks = 128;
+inline constexpr int kEpochSlots = 4;  // counters of that many epochs are told apart
+
+// Stamps are epoch << kEpochShift | operation number; this bit of one marks a timeout in `decision`.
+inline constexpr int kEpochShift = 48;
+inline constexpr uint64_t kTimedOutBit = uint64_t(1) << 47;
+
+// One peer's 64-byte cell of signals. Peers without a pointer add to a counter after their data.
+struct SignalCell {
+  Signal signal;
+  uint64_t arrivals[kEpochSlots];
+};
+static_assert(sizeof(SignalCell) == kAlign);
+
+// One peer's cell of notices.
+struct alignas(kAlign) NoticeCell {
+  uint32_t notice;  // Notice
+  uint32_t unused;
+  uint64_t finished;  // stamp of the last split operation that the peer has finished reading
+  uint64_t given_up;  // stamp of the operation in which the peer went on without this rank
+};
+
+// The numbers of Layout, evaluated once.
+struct Geometry {
+  int32_t max_ranks, experts_per_rank, max_tokens, top_k;
+  uint64_t outbox, inbox, message_bytes;  // offsets in a region
+  uint64_t second, rows, row_bytes;       // offsets in a message
+
+  explicit Geometry(const Layout& layout)
+      : max_ranks(layout.capacity.max_ranks),
+        experts_per_rank(layout.capacity.experts_per_rank),
+        max_tokens(layout.capacity.max_tokens),
+        top_k(layout.capacity.top_k),
+        outbox(layout.outbox(0, 0)),
+        inbox(layout.inbox(0, 0)),
+        message_bytes(layout.message_bytes()),
+        row_bytes(uint64_t(layout.capacity.row_bytes)) {
+    const Message message{nullptr, &layout.capacity};
+    second = message.second_offset();
+    rows = message.rows_offset();
+  }
+  Geometry() = default;
+  bool operator==(const Geometry&) const = default;
+};
+
+// Why an endpoint stopped; see Endpoint::Failure for the words.
+enum class Failure : uint32_t {
+  kNone = 0,
+  kTimedOut,     // a peer did not arrive, and late peers end the operation
+  kOtherOp,      // a peer runs another operation at the same place
+  kPeerAhead,    // a peer went on without this rank
+  kPeerLeft,
+  kPeerFailed,
+  kBadCount,
+  kBadHandle,
+  kOverwritten,  // a peer went on while its data was read
+  kNotFinished,  // more than two operations were started and not finished
+};
+
+// In host memory that kernels can write; `code` comes last.
+struct FailureReport {
+  uint64_t stamp, tag, other_tag;
+  int32_t peer;
+  uint32_t code;
+};
+
+struct Control;
+
+struct PeerState_ {
+  std::byte* pointer;  // the peer's region, where this GPU can reach it; null: by put
+  Control* control;    // the peer's control block, likewise
+  uint64_t masked;     // stamp of the operation that gave the peer up; 0: live
+  uint32_t member;
+  uint32_t unused;
+  uint64_t decision;  // of blocks that disagree about a late arrival: stamp, with kTimedOutBit
+};
+
+struct PeerCounters {
+  unsigned long long bytes_out, bytes_in, wait_ns, timeouts;
+};
+
+struct DeviceState {
+  // Read at the start of every kernel.
+  std::byte* region;
+  uint64_t started;              // stamp of the operation that was started last
+  uint64_t current;              // the same, for the receiving half of a fused operation
+  uint64_t begun_ns[kBanks];     // when the operation of the bank was started
+  uint64_t overlapped[kBanks];   // its stamp, if the next operation was started before it was finished
+  uint64_t finished;             // stamp of the operation that was finished last
+  uint64_t timeout_ns;
+  int32_t rank;
+  uint32_t active;
+  uint32_t failed;               // Failure
+  uint32_t closing;
+  uint32_t mask_late_peers;
+  uint32_t num_put_peers;
+  Geometry geometry;
+  PeerState_ peers[kMaxRanks];
+
+  void *local_view, *remote_view;
+  FailureReport* report;
+  std::byte* scratch;            // of the routing plan
+  // Blocks that passed a point of the running kernel; back at zero when the last one has.
+  uint32_t heads, tails, arrivals[kMaxRanks];
+  uint32_t invalid_now;
+  unsigned long long operations, dropped_rows, invalid_ids;
+  PeerCounters counters[kMaxRanks];
+};
+
+// The small part of the symmetric memory. One for each device and process, at an address that never changes: captured
+// graphs outlive endpoints. Kernels find signals without having read where the region is.
+struct Control {
+  DeviceState state;
+  alignas(kAlign) SignalCell signals[kBanks][kMaxRanks];
+  NoticeCell notices[kMaxRanks];
+};
+
+// Bytes of DeviceState::scratch.
+inline size_t ScratchBytes(const Geometry& g) {
+  const size_t chunks = size_t(g.max_ranks) * ((g.max_tokens + 31) / 32);
+  const size_t stride = size_t(g.experts_per_rank + 31) / 32 * 32 + 1;
+  return (2 * chunks * stride + 3 * stride) * sizeof(int32_t);
+}
+
+}  // namespace jax_nixlep::cuda

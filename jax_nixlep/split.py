@@ -1,0 +1,129 @@
+"""`dispatch` and `combine` in two halves, so that other work of the program runs while the tokens travel. CUDA only.
+
+`*_start` makes this rank's part visible and waits for nobody; `*_finish` waits for the peers. Every member calls the
+same halves in the same order. At most two operations may be started and not finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jax_nixlep import _ffi, _order
+from jax_nixlep._vary import vary
+from jax_nixlep.combine import check_combine
+from jax_nixlep.config import EpConfig
+from jax_nixlep.dispatch import OpSpec, check_dispatch
+from jax_nixlep.routing import Handle, Received, Status
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["x", "clean_ids", "invalid_ids", "ticket", "order"],
+    meta_fields=["spec"],
+)
+@dataclasses.dataclass(frozen=True)
+class PendingDispatch:
+    """A dispatch that was started. Pass it to `dispatch_finish`, once; `order` serves as `after=` of another operation."""
+
+    spec: OpSpec
+    x: jax.Array
+    clean_ids: jax.Array
+    invalid_ids: jax.Array
+    ticket: jax.Array
+    order: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["ticket", "order"], meta_fields=["spec", "num_tokens"]
+)
+@dataclasses.dataclass(frozen=True)
+class PendingCombine:
+    """A combine that was started. Pass it to `combine_finish`, once."""
+
+    spec: OpSpec
+    num_tokens: int
+    ticket: jax.Array
+    order: jax.Array
+
+
+def dispatch_start(
+    x: jax.Array,
+    expert_ids: jax.Array,
+    weights: jax.Array | None = None,
+    *,
+    config: EpConfig,
+    after: jax.Array | None = None,
+    dequantize: bool = True,
+    recv_capacity: int | None = None,
+) -> PendingDispatch:
+    """The sending half of `dispatch`; arguments and errors as there. Not differentiable."""
+    check_dispatch(x, expert_ids, weights, config, dequantize, recv_capacity)
+    ordinal, rows = _order.next_ordinal("dispatch"), recv_capacity or config.num_rows
+    spec = OpSpec(config, ordinal, rows, weights is not None, dequantize)
+    flat = jnp.zeros((0,), jnp.float32) if weights is None else weights
+    results = (
+        _ffi.struct(expert_ids.shape, jnp.int32),  # clean ids
+        _ffi.struct((), jnp.int32),  # invalid_ids
+        _ffi.struct((2,), jnp.int32),  # ticket
+        _ffi.struct((), jnp.float32),  # order
+    )
+    operands = (*map(vary, (x, expert_ids, flat)), _order.edge(after))
+    return PendingDispatch(spec, x, *_ffi.call("dispatch_start", results, *operands, **spec.attributes()))
+
+
+def dispatch_finish(pending: PendingDispatch, *, after: jax.Array | None = None) -> Received:
+    """The receiving half: what `dispatch` returns."""
+    spec, config = pending.spec, pending.spec.config
+    quantized = config.token_wire == "fp8_e4m3" and not spec.dequantize
+    i32 = jnp.int32
+    results = (
+        _ffi.struct((spec.num_rows, config.hidden), jnp.float8_e4m3fn if quantized else config.dtype),
+        _ffi.struct((spec.num_rows, config.hidden // _ffi.QUANT_BLOCK if quantized else 0), config.scale_dtype),
+        _ffi.struct((spec.num_rows,), jnp.float32),  # row_weights
+        _ffi.struct((config.experts_per_rank,), i32),  # group_sizes
+        _ffi.struct((config.experts_per_rank,), i32),  # demand
+        _ffi.struct((config.max_ranks, config.max_tokens_per_rank, config.top_k), i32),  # row_of
+        _ffi.struct((config.max_ranks,), i32),  # peers
+        _ffi.struct((), i32),  # dropped
+        _ffi.struct((), jnp.float32),  # order
+    )
+    operands = (vary(pending.x), pending.ticket, _order.edge(after))
+    out = _ffi.call("dispatch_finish", results, *operands, **spec.attributes())
+    tokens, scales, row_weights, group_sizes, demand, row_of, peers, dropped, order = out
+    return Received(
+        tokens,
+        scales if scales.size else None,
+        group_sizes,
+        demand,
+        Handle(pending.clean_ids, row_of, row_weights),
+        Status(peers, dropped, pending.invalid_ids, order),
+    )
+
+
+def combine_start(
+    expert_out: jax.Array, handle: Handle, *, config: EpConfig, after: jax.Array | None = None
+) -> PendingCombine:
+    """The sending half of `combine`, with the weights that `dispatch` got. Not differentiable."""
+    check_combine(expert_out, handle, None, config)
+    spec = OpSpec(config, _order.next_ordinal("combine"), handle.row_weights.shape[0])
+    results = (_ffi.struct((2,), jnp.int32), _ffi.struct((), jnp.float32))  # ticket, order
+    operands = (*map(vary, (expert_out, handle.row_weights, handle.row_of)), _order.edge(after))
+    out = _ffi.call("combine_start", results, *operands, **spec.linear_attributes(False))
+    return PendingCombine(spec, handle.expert_ids.shape[0], *out)
+
+
+def combine_finish(pending: PendingCombine, *, after: jax.Array | None = None) -> jax.Array:
+    """The receiving half: what `combine` returns."""
+    return combine_finish_ordered(pending, after=after)[0]
+
+
+def combine_finish_ordered(pending, *, after=None):
+    """`combine_finish`, and the order edge that a later operation can take as `after`."""
+    config = pending.spec.config
+    results = (_ffi.struct((pending.num_tokens, config.hidden), config.dtype), _ffi.struct((), jnp.float32))
+    operands = (pending.ticket, _order.edge(after))
+    return _ffi.call("combine_finish", results, *operands, **pending.spec.linear_attributes(False))

@@ -1,0 +1,55 @@
+"""Pools of rank processes that share the machine's GPUs. Run through tests/gpu/run.sh; needs a GPU."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from ranks import RankPool  # noqa: E402
+
+if not os.environ.get("JAX_NIXLEP_TEST_GPUS"):
+    collect_ignore_glob = ["test_*.py"]
+NUM_GPUS = int(os.environ.get("JAX_NIXLEP_TEST_GPUS", "1"))  # rank r uses GPU r % NUM_GPUS
+
+_FLAGS = {
+    "graphs": "--xla_gpu_graph_min_graph_size=1",
+    "plain": "--xla_gpu_enable_command_buffer=",
+}
+
+
+def gpu_env(transport="pointer", buffers="graphs"):
+    return {
+        "JAX_PLATFORMS": "cuda",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "CUDA_MODULE_LOADING": "EAGER",  # a lazily loaded kernel would wait behind a peer's spinning one
+        "JAX_NIXLEP_P2P": "0" if transport == "put" else "1",
+        "XLA_FLAGS": _FLAGS[buffers],
+        "UCX_LOG_LEVEL": "error",
+        "JAX_NIXLEP_TEST_GPUS": str(NUM_GPUS),
+    }
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker("gpu")
+
+
+@pytest.fixture(scope="session")
+def gpu_pools():
+    """pool(n, transport, buffers): n rank processes, one kind of pool at a time."""
+    made = {}
+
+    def pool(num_ranks, transport="pointer", buffers="graphs"):
+        key = (num_ranks, transport, buffers)
+        if key not in made or not made[key].alive():
+            for other in made.values():
+                other.close()
+            made.clear()
+            made[key] = RankPool(num_ranks, gpu_env(transport, buffers))
+        return made[key]
+
+    yield pool
+    for p in made.values():
+        p.close()

@@ -1,0 +1,52 @@
+#!/bin/bash
+# The GPU suite: tests, sanitizer, comparison with upstream. One command, from the repository root, on a machine with a GPU:
+#   WHEELS=DIR OUT=DIR bash tests/gpu/run.sh [tests] [sanitizer] [chain] [phases]
+# WHEELS holds nixl.tar.xz and ucx.tar.xz (tests/gpu/setup.sh); OUT gets the raw output. The modules must be built
+# (pip install -e . with nvcc and UCX's headers present), or are found in jax_nixlep/.
+# JAX_NIXLEP_TEST_GPUS: rank r uses GPU r % that number.
+. tests/gpu/setup.sh
+export JAX_NIXLEP_TEST_GPUS=${JAX_NIXLEP_TEST_GPUS:-1}
+OUT=${OUT:-out}
+mkdir -p "$OUT"
+steps=${*:-tests sanitizer chain phases}
+{
+  date -u +%FT%TZ
+  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+  nvcc --version | tail -1
+  python3 -c "import sys, jax, numpy; print('python', sys.version.split()[0], 'jax', jax.__version__, 'numpy', numpy.__version__)"
+  python3 -c "import importlib.metadata as m; print('nixl-cu13', m.version('nixl-cu13'))"
+} 2>&1 | tee "$OUT/machine.txt"
+
+if [[ $steps == *tests* ]]; then
+  timeout 400 python3 -m pytest tests/gpu -q -p no:cacheprovider --timeout 90 --durations=5 $PYTEST_ARGS 2>&1 | tee "$OUT/tests.txt"
+fi
+
+if [[ $steps == *sanitizer* ]]; then
+  nvcc -std=c++20 -arch=sm_90 -O3 -lineinfo -fmad=false --expt-relaxed-constexpr -Iffi -isystem $UCX/include \
+    tests/gpu/kernel_phases.cu ffi/cuda/kernels.cu -o /tmp/kernel_phases
+  for tool in memcheck racecheck synccheck; do
+    for case in "4 5 1024 3 8 1 0 0" "2 130 1024 40 8 1 0 1.5" "4 9 1024 8 4 1 1 0"; do
+      echo "$tool: $case"
+      timeout 100 compute-sanitizer --tool $tool --error-exitcode 9 /tmp/kernel_phases $case 2>&1 | tail -4
+    done
+  done | tee "$OUT/sanitizer.txt"
+fi
+
+if [[ $steps == *chain* ]]; then
+  for buffers in graphs plain; do timeout 60 python3 tests/gpu/chain.py $buffers 2>&1 | tail -1; done | tee "$OUT/chain.txt"
+fi
+
+if [[ $steps == *phases* ]]; then
+  while read -r case; do
+    set -- $case
+    factor=1.125  # rows that hold any routing drawn here; one token: the worst case, as no fewer rows are certain
+    [[ $2 == 1 ]] && factor=0
+    timeout 100 python3 tests/gpu/phases.py $case $factor 2>&1 | grep -E "^ours|^[0-9]"
+    [[ -n $UPSTREAM ]] && PYTHONPATH=$SITE/s14 timeout 100 python3 "$UPSTREAM" $1 $2 $3 $4 $5 $6 $7 2>&1 | grep -E "^ranks|^[0-9]"
+  done <<< "${CASES:-4 1 7168 32 8 20 0
+4 128 7168 32 8 20 0
+4 128 7168 32 8 20 1
+2 128 7168 8 8 20 0
+4 1024 7168 8 8 10 0}" | tee "$OUT/phases.txt"
+  [[ -n $DROPLESS ]] && timeout 100 python3 tests/gpu/phases.py 4 128 7168 32 8 20 0 0 2>&1 | grep -E "^ours|^[0-9]" | tee -a "$OUT/phases.txt"
+fi

@@ -1,0 +1,337 @@
+"""The operations on a GPU, several ranks to each, against the same oracle as on CPU."""
+
+import functools
+import os
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import test_ops
+from ranks import RankError
+from test_ops import WIRES, check_round_trip, make_config, make_input, same_bits
+
+TRANSPORTS = ["pointer", "put"]
+
+
+def cases_for(num_ranks):
+    base = make_config(max_ranks=num_ranks, experts_per_rank=3)
+    cases = [(base, [6] * num_ranks, 0, {})]
+    cases += [(make_config(max_ranks=num_ranks, dtype=dtype, **wire), [5] * num_ranks, 1, {})
+              for dtype in ("float32", "bfloat16", "float16") for wire in WIRES]  # fmt: skip
+    cases += [(make_config(max_ranks=num_ranks, dtype="bfloat16", **wire), [5] * num_ranks, 2, {"dequantize": False})
+              for wire in WIRES if "hidden" in wire]  # fmt: skip
+    cases += [(base, [r % 3 for r in range(num_ranks)], 3, {}), (base, [0] * num_ranks, 4, {})]  # idle ranks
+    cases += [(base, [6] * num_ranks, 5, {"weigh_at_dispatch": False, "ids": "distinct"})]
+    cases += [(base, [6] * num_ranks, 6, {"recv_capacity": capacity}) for capacity in (1, 4, 7)]
+    cases += [(make_config(max_ranks=num_ranks, hidden=4, top_k=9, max_tokens_per_rank=17), [17] * num_ranks, 7, {})]
+    cases += [(make_config(max_ranks=num_ranks + 2, hidden=4), [3] * num_ranks, 8, {})]  # room for two more ranks
+    return cases
+
+
+def large_cases(num_ranks):
+    wide = make_config(max_ranks=num_ranks, dtype="bfloat16", hidden=16384, top_k=36, experts_per_rank=40,
+                       max_tokens_per_rank=5, recv_capacity=100)  # fmt: skip
+    planned = make_config(max_ranks=num_ranks, dtype="bfloat16", hidden=512, top_k=8, experts_per_rank=40,
+                          max_tokens_per_rank=600, recv_capacity=3000)  # fmt: skip
+    odd = make_config(max_ranks=num_ranks, dtype="bfloat16", hidden=1032, top_k=7, experts_per_rank=5,
+                      max_tokens_per_rank=70)  # fmt: skip
+    quantized = make_config(max_ranks=num_ranks, dtype="bfloat16", hidden=7168, wire="fp8_e4m3", top_k=8,
+                            experts_per_rank=8, max_tokens_per_rank=40)  # fmt: skip
+    return [
+        (wide, [5] * num_ranks, 0, {}),
+        (planned, [600 - 7 * r for r in range(num_ranks)], 1, {"ids": "distinct"}),
+        (odd, [70 - r for r in range(num_ranks)], 2, {}),
+        (quantized, [40] * num_ranks, 3, {"dequantize": False, "ids": "distinct"}),
+    ]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_equals_oracle(gpu_pools, num_ranks, transport):
+    if num_ranks == 1 and transport == "put":
+        pytest.skip("a single rank has no peer")
+    pool = gpu_pools(num_ranks, transport)
+    answers = check_round_trip(pool, cases_for(num_ranks))
+    if num_ranks > 1:
+        assert answers[0][0]["health"].peers[1].path == transport
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("num_ranks", [2])
+def test_large_equals_oracle(gpu_pools, num_ranks, transport):
+    answers = check_round_trip(gpu_pools(num_ranks, transport), large_cases(num_ranks))
+    peer = answers[0][1]["health"].peers[1]
+    assert peer.bytes_in > 0 and peer.bytes_out > 0
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("where", ["dispatch", "combine"])
+def test_gradients(gpu_pools, where, transport):
+    test_ops.test_gradients_are_the_closed_forms(
+        lambda n, _: gpu_pools(n, transport), where, "shared" if transport == "pointer" else "nixl"
+    )
+
+
+def test_gradients_pass_straight_through_fp8(gpu_pools):
+    test_ops.test_gradients_pass_straight_through_fp8(gpu_pools)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("buffers", ["graphs", "plain"])
+def test_programs(gpu_pools, buffers, transport):
+    pool = gpu_pools(2, transport, buffers)
+    operations = pool.run(test_ops.rank_programs, make_config(hidden=4))
+    assert operations[0] == operations[1] > 40
+
+
+# --- Command buffers ---
+
+
+def rank_replay(job, config, repeats):
+    """One jitted chain with an odd number of operations, replayed; every result must be the oracle's."""
+    import jax
+
+    import jax_nixlep as nx
+
+    job.initialize(config)
+    x, ids, weights = make_input(config, job.rank, 6, 0, "distinct")
+
+    @jax.jit
+    def chain(x):
+        received = nx.dispatch(x, ids, weights, config=config)
+        y = nx.combine(received.tokens, received.handle, config=config)
+        again = nx.dispatch(y, ids, weights, config=config, after=y)  # odd: three operations
+        return y, again.tokens
+
+    from jax_nixlep import _cuda
+
+    out, launches = [], []
+    for i in range(repeats):
+        before = _cuda.num_launches()
+        y, rows = chain(x * (i + 1))
+        out.append((np.asarray(y), np.asarray(rows)))
+        launches.append(_cuda.num_launches() - before)
+    return out, launches, nx.current_group().health().operations
+
+
+@pytest.mark.parametrize("buffers", ["graphs", "plain"])
+def test_replays(gpu_pools, buffers):
+    config, repeats = make_config(), 12
+    answers = gpu_pools(2, "pointer", buffers).run(rank_replay, config, repeats)
+    for i in range(repeats):
+        inputs = [make_input(config, r, 6, 0, "distinct") for r in range(2)]
+        xs, ids, weights = (list(column) for column in zip(*inputs, strict=True))
+        first = oracle.dispatch([x * np.float32(i + 1) for x in xs], ids, weights, config)
+        ys = oracle.combine([r.tokens for r in first], first, config)
+        second = oracle.dispatch(ys, ids, weights, config)
+        for rank, (out, _, operations) in enumerate(answers):
+            same_bits(out[i][0], ys[rank])
+            same_bits(out[i][1], second[rank].tokens)
+            assert operations == 3 * repeats
+    for _, launches, _ in answers:  # a replay calls no handler; XLA captures anew where buffers moved
+        assert (0 in launches) == (buffers == "graphs"), launches
+
+
+# --- Halves ---
+
+
+def rank_halves(job, config, deep):
+    """Operations in halves, two in flight at once if `deep`."""
+    import jax
+
+    import jax_nixlep as nx
+
+    job.initialize(config)
+    x, ids, weights = make_input(config, job.rank, 6, 0)
+    other, other_ids, other_weights = make_input(config, job.rank, 6, 1)
+
+    @jax.jit
+    def step(x, other):
+        a = nx.dispatch_start(x, ids, weights, config=config)
+        if deep:
+            b = nx.dispatch_start(other, other_ids, other_weights, config=config, after=a.order)
+            got_a = nx.dispatch_finish(a, after=b.order)
+        else:
+            got_a = nx.dispatch_finish(a)
+            b = nx.dispatch_start(other, other_ids, other_weights, config=config, after=got_a.status.order)
+        got_b = nx.dispatch_finish(b, after=got_a.status.order)
+        sum_a = nx.combine_start(got_a.tokens, got_a.handle, config=config, after=got_b.status.order)
+        if not deep:
+            y_a = nx.combine_finish(sum_a)
+        sum_b = nx.combine_start(
+            got_b.tokens, got_b.handle, config=config, after=sum_a.order if deep else y_a
+        )
+        if deep:
+            y_a = nx.combine_finish(sum_a, after=sum_b.order)
+        y_b = nx.combine_finish(sum_b, after=y_a)
+        return got_a, y_a, y_b
+
+    return [jax.tree.map(np.asarray, step(x, other)) for _ in range(5)]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("deep", [False, True])
+def test_halves(gpu_pools, deep, transport):
+    config = make_config()
+    answers = gpu_pools(2, transport).run(rank_halves, config, deep)
+    expected = []
+    for seed in (0, 1):
+        inputs = [make_input(config, r, 6, seed) for r in range(2)]
+        xs, ids, weights = (list(column) for column in zip(*inputs, strict=True))
+        received = oracle.dispatch(xs, ids, weights, config)
+        expected.append((received, oracle.combine([r.tokens for r in received], received, config)))
+    for rank, steps in enumerate(answers):
+        for got, y_a, y_b in steps:
+            same_bits(got.tokens, expected[0][0][rank].tokens)
+            np.testing.assert_array_equal(got.handle.row_of, expected[0][0][rank].row_of)
+            same_bits(y_a, expected[0][1][rank])
+            same_bits(y_b, expected[1][1][rank])
+
+
+# --- Late, dead and disagreeing peers ---
+
+
+def rank_mask(job, config, absent_does):
+    """Rank 2 stops after one operation; the others go on without it."""
+    import jax
+
+    import jax_nixlep as nx
+
+    job.initialize(config, timeout_s=1.0, on_timeout="mask")
+    x, ids, weights = make_input(config, job.rank, 6, 0, "distinct")
+    step = jax.jit(functools.partial(nx.dispatch, config=config))
+    back = jax.jit(functools.partial(nx.combine, config=config))
+    first = step(x, ids, weights)
+    np.asarray(back(first.tokens, first.handle))
+    if job.rank == 2:
+        if absent_does == "die":
+            os._exit(0)
+        time.sleep(6)
+        late = step(x, ids, weights)  # the others have gone on: its signals must count for nothing
+        np.asarray(late.tokens)
+        return nx.current_group().health()
+    steps, took = [], []
+    for _ in range(4):
+        start = time.monotonic()
+        received = step(x, ids, weights)
+        y = back(received.tokens, received.handle)
+        steps.append(jax.tree.map(np.asarray, (received, y)))
+        took.append(time.monotonic() - start)
+    if absent_does == "late":
+        time.sleep(6)
+        received = step(x, ids, weights)
+        steps.append(jax.tree.map(np.asarray, (received, back(received.tokens, received.handle))))
+    return steps, took, nx.current_group().health()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("absent_does", ["late", "die"])
+def test_masks_a_peer(gpu_pools, absent_does, transport):
+    config = make_config(max_ranks=3, top_k=4)
+    pool = gpu_pools(3, transport)
+    if absent_does == "die":
+        with pytest.raises(RankError) as caught:
+            pool.run(rank_mask, config, absent_does)
+        assert list(caught.value.errors) == [2], caught.value.errors  # and the survivors answered
+        return
+    answers = pool.run(rank_mask, config, absent_does)
+    inputs = [make_input(config, r, 6, 0, "distinct") for r in range(3)]
+    xs, ids, weights = (list(column) for column in zip(*inputs, strict=True))
+    expected = oracle.dispatch([xs[0], xs[1], None], [ids[0], ids[1], None], weights, config)
+    ys = oracle.combine([r and r.tokens for r in expected], expected, config)
+    for rank in (0, 1):
+        steps, took, health = answers[rank]
+        for i, (received, y) in enumerate(steps):
+            same_bits(received.tokens, expected[rank].tokens)
+            same_bits(y, ys[rank])
+            assert list(received.status.peers) == [0, 0, 2 if i == 0 else 1]
+        assert took[0] >= 0.9 and max(took[1:]) < 0.9
+        assert health.masked == (2,) and health.peers[2].timeouts == 1 and health.failure == ""
+    assert answers[2].failure  # the late rank was told
+
+
+def rank_disagree(job, config):
+    """Rank 1 runs another operation. Both must find out, and no result may look good."""
+    import jax
+
+    import jax_nixlep as nx
+
+    job.initialize(config, timeout_s=5)
+    x, ids, weights = make_input(config, job.rank, 6, 0, "distinct")
+    send = jax.jit(functools.partial(nx.dispatch, config=config))
+    back = jax.jit(functools.partial(nx.combine, config=config))
+    received = send(x, ids, weights)
+    out = send(x, ids, weights).tokens if job.rank == 0 else back(received.tokens, received.handle)
+    poisoned = bool(np.isnan(np.asarray(out)).all())
+    try:
+        np.asarray(send(x, ids, weights).tokens)
+    except jax.errors.JaxRuntimeError as error:
+        return poisoned, str(error), nx.current_group().health().failure
+    return poisoned, "", nx.current_group().health().failure
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_names_both_operations(gpu_pools, transport):
+    for poisoned, error, failure in gpu_pools(2, transport).run(rank_disagree, make_config()):
+        assert poisoned
+        assert "same order" in failure and failure in error
+        assert "dispatch #" in failure and "combine #" in failure
+
+
+def rank_raise(job, config):
+    import jax
+
+    import jax_nixlep as nx
+
+    job.initialize(config, timeout_s=1.0)
+    x, ids, weights = make_input(config, job.rank, 6, 0, "distinct")
+    send = jax.jit(functools.partial(nx.dispatch, config=config))
+    np.asarray(send(x, ids, weights).tokens)
+    if job.rank == 1:
+        time.sleep(3)
+        return None
+    poisoned = bool(np.isnan(np.asarray(send(x, ids, weights).tokens)).all())
+    return poisoned, nx.current_group().health().failure
+
+
+def test_a_late_peer_poisons_and_is_named(gpu_pools):
+    poisoned, failure = gpu_pools(2).run(rank_raise, make_config())[0]
+    assert poisoned and "rank 1 did not arrive within 1" in failure
+
+
+def rank_leaves(job, config):
+    import jax
+
+    import jax_nixlep as nx
+
+    job.initialize(config, timeout_s=20)
+    x, ids, weights = make_input(config, job.rank, 6, 0, "distinct")
+    send = jax.jit(functools.partial(nx.dispatch, config=config))
+    np.asarray(send(x, ids, weights).tokens)
+    if job.rank == 1:
+        time.sleep(1)
+        nx.shutdown()
+        return None
+    start = time.monotonic()
+    np.asarray(send(x, ids, weights).tokens)
+    return time.monotonic() - start, nx.current_group().health().failure
+
+
+def test_a_peer_that_leaves_ends_the_wait(gpu_pools):
+    took, failure = gpu_pools(2).run(rank_leaves, make_config())[0]
+    assert took < 15 and "rank 1 has left" in failure
+
+
+def test_symmetric_memory(gpu_pools):
+    config = make_config(max_ranks=8, experts_per_rank=32, max_tokens_per_rank=128, hidden=7168, top_k=8,
+                         dtype=jnp.bfloat16)  # fmt: skip
+    assert gpu_pools(1).run(rank_alone, config)[0] <= 100e6
+
+
+def rank_alone(job, config):
+    import jax_nixlep as nx
+
+    job.initialize(config, members=[0], store=None)
+    return nx.current_group().health().symmetric_bytes
