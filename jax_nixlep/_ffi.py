@@ -77,6 +77,7 @@ def set_endpoint(device: jax.Device, endpoint: Endpoint | None) -> None:
     if device.platform == "cpu":  # XLA shows a custom call the global id of a CPU device, the local number of a GPU
         _host.set_endpoint(device.id, endpoint)
     else:
+        assert _cuda is not None  # make_endpoint refused otherwise
         _cuda.set_endpoint(device.local_hardware_id, endpoint)
 
 

@@ -41,8 +41,8 @@ struct RowFormat {
 
   // What both sides must agree on before they touch each other's bytes. `second_table`: the message has one.
   uint32_t Digest(bool second_table) const {
-    uint32_t words[] = {uint32_t(type),           uint32_t(wire),   uint32_t(fp8.format),
-                        uint32_t(fp8.round_scale), uint32_t(hidden), uint32_t(second_table)};
+    uint32_t words[] = {uint32_t(type),   uint32_t(wire),        uint32_t(fp8.format), uint32_t(fp8.round_scale),
+                        uint32_t(hidden), uint32_t(second_table)};
     uint32_t hash = 2166136261u;  // FNV-1a
     for (uint32_t word : words) hash = (hash ^ word) * 16777619u;
     return hash ^ hash >> 24;
