@@ -27,7 +27,7 @@ from jax_nixlep.routing import Handle, Received, Status
 )
 @dataclasses.dataclass(frozen=True)
 class PendingDispatch:
-    """A dispatch that was started. Pass it to `dispatch_finish`, once; `order` serves as `after=` of another operation."""
+    """A dispatch that was started. Pass it to `dispatch_finish`, once; `order` can be `after=` of another operation."""
 
     spec: OpSpec
     x: jax.Array

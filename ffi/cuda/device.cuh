@@ -158,9 +158,9 @@ struct Params {
   uint64_t tag;
   uint64_t* ticket;
   float* order;
-  int32_t granules;        // of a row
-  Divisor segments;        // of a row: what one warp handles at a time
-  Divisor tokens;          // max_tokens
+  int32_t granules;  // of a row
+  Divisor segments;  // of a row: what one warp handles at a time
+  Divisor tokens;    // max_tokens
   int32_t value_bytes, scale_bytes, wire_bytes, row_bytes;
   uint32_t ue8m0, round_scale;
 };
@@ -172,7 +172,7 @@ struct Op {
   int bad;  // nothing may be believed: outputs are poisoned
   int num_put_peers;
   int wait_for_bank;
-  int overlaps;  // sending: the operation before is not finished; receiving: the next one is started
+  int overlaps;            // sending: the operation before is not finished; receiving: the next one is started
   uint64_t safe_until_ns;  // no peer has given this rank up before that
   int flag;
   std::byte* pointer[kMaxRanks];
@@ -197,8 +197,8 @@ __device__ inline void Prefetch(const void* p) { asm volatile("prefetch.global.L
 
 // Writes to row `to` of the peers' regions, from this rank's.
 template <ucs_device_level_t kLevel>
-__device__ __noinline__ void Put(const Op& op, const DeviceState& state, int to, const std::byte* local, uint64_t offset,
-                           uint64_t num_bytes) {
+__device__ __noinline__ void Put(const Op& op, const DeviceState& state, int to, const std::byte* local,
+                                 uint64_t offset, uint64_t num_bytes) {
   if (!num_bytes) return;
   ucp_device_put<kLevel>(static_cast<ucp_device_local_mem_list_h>(state.local_view), 0, size_t(local - op.region),
                          static_cast<ucp_device_remote_mem_list_h>(state.remote_view), unsigned(RegionRow(to)), offset,
@@ -444,9 +444,9 @@ __device__ __noinline__ static void SignalByPut(const Op& op, const Params& p, i
 
 // --- First and last acts of each half. ---
 
-// Before the first write of a sending half: the peers must have finished reading what the bank held. Operations one after
-// the other imply it (a peer that answers has finished the one before); where two were in flight it is waited for. All
-// members run the same program, so this rank knows from its own order where that was.
+// Before the first write of a sending half: the peers must have finished reading what the bank held. Operations one
+// after the other imply it (a peer that answers has finished the one before); where two were in flight it is waited
+// for. All members run the same program, so this rank knows from its own order where that was.
 __device__ __noinline__ static void AwaitBankSlow(Op& op, const Params& p) {
   const DeviceState& state = p.control->state;
   const uint64_t deadline = Now() + state.timeout_ns;

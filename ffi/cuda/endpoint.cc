@@ -206,7 +206,8 @@ void CudaEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
     Check(cudaMalloc(&device_wanted, wanted_bytes), "allocating");
     Check(cudaMalloc(&device_pointers, pointer_bytes), "allocating");
     Check(cudaMemcpy(device_wanted, wanted.data(), wanted_bytes, cudaMemcpyHostToDevice), "copying");
-    Check(FindPointers(remote_view_, 2 * R, device_wanted, device_pointers, stream_), "looking for pointers to the peers");
+    Check(FindPointers(remote_view_, 2 * R, device_wanted, device_pointers, stream_),
+          "looking for pointers to the peers");
     Check(cudaStreamSynchronize(stream_), "looking for pointers to the peers");
     Check(cudaMemcpy(pointers.data(), device_pointers, pointer_bytes, cudaMemcpyDeviceToHost), "copying");
     cudaFree(device_wanted), cudaFree(device_pointers);

@@ -68,9 +68,9 @@ class CudaEndpoint {
   Geometry geometry_;
   uint64_t nonce_ = 0;
   int num_sms_ = 0;
-  std::byte* region_ = nullptr;   // stays allocated: a peer may still read it
+  std::byte* region_ = nullptr;  // stays allocated: a peer may still read it
   std::byte* scratch_ = nullptr;
-  Control* control_ = nullptr;    // one per device and process
+  Control* control_ = nullptr;  // one per device and process
   FailureReport* report_ = nullptr;
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<NixlAgent> nixl_;

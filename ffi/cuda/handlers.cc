@@ -54,8 +54,8 @@ Sizes HandleSizes(I32 row_of) {
 
 // Launches one operation, or half of one, on the endpoint of `device`; whatever goes wrong is an error of the program.
 template <typename Function>
-ffi::Error Run(int32_t device, cudaStream_t stream, const char* name, OpTag tag, const RowFormat& format, int64_t tokens,
-               const Sizes& sizes, Function function) {
+ffi::Error Run(int32_t device, cudaStream_t stream, const char* name, OpTag tag, const RowFormat& format,
+               int64_t tokens, const Sizes& sizes, Function function) {
   Range range(name);
   ++num_launches;
   try {
@@ -67,14 +67,16 @@ ffi::Error Run(int32_t device, cudaStream_t stream, const char* name, OpTag tag,
     }
     const Capacity& c = endpoint->capacity();
     if (int64_t(format.wire_bytes()) > c.row_bytes || format.hidden * int64_t(TokenBytes(format.type)) % 16) {
-      return ffi::Error::InvalidArgument(std::string(name) + ": a row must be whole 16-byte vectors and fit the group's " +
+      return ffi::Error::InvalidArgument(std::string(name) +
+                                         ": a row must be whole 16-byte vectors and fit the group's " +
                                          std::to_string(c.row_bytes) + " bytes; got " +
                                          std::to_string(format.wire_bytes()) + "; initialize with this config");
     }
     auto differs = [](int64_t got, int64_t want) { return got >= 0 && got != want; };
     if (differs(sizes.top_k, c.top_k) || differs(sizes.experts, c.experts_per_rank) ||
         differs(sizes.ranks, c.max_ranks) || differs(sizes.tokens, c.max_tokens)) {
-      return ffi::Error::InvalidArgument(std::string(name) + ": the arrays must have the sizes of the group's config; " +
+      return ffi::Error::InvalidArgument(std::string(name) +
+                                         ": the arrays must have the sizes of the group's config; " +
                                          "initialize with the config that the program uses");
     }
     function(endpoint->MakeLaunch(tag.Pack(), format, int(tokens), stream));
@@ -130,9 +132,8 @@ ffi::Error DispatchStart(cudaStream_t stream, int32_t device, OpAttributes attri
   const RowFormat format = MakeFormat(attributes, x.element_type(), x.dimensions()[1]);
   const Sizes sizes{.top_k = ids.dimensions()[1]};
   const bool weighted = attributes.weighted != 0;
-  return Run(device, stream, "jax_nixlep.dispatch_start",
-             Tag(OpKind::kDispatch, attributes, format, weighted), format, x.dimensions()[0], sizes,
-             [&](Launch launch) {
+  return Run(device, stream, "jax_nixlep.dispatch_start", Tag(OpKind::kDispatch, attributes, format, weighted), format,
+             x.dimensions()[0], sizes, [&](Launch launch) {
                launch.ticket = Ticket(*ticket);
                launch.order = order->typed_data();
                SendTokens(launch, {.num_tokens = int(x.dimensions()[0]),
@@ -195,9 +196,8 @@ ffi::Error Combine(cudaStream_t stream, int32_t device, OpAttributes attributes,
                    ffi::Result<F32> order) {
   const RowFormat format = MakeFormat(attributes, rows.element_type(), rows.dimensions()[1]);
   const int64_t tokens = y->dimensions()[0];
-  return Run(device, stream, "jax_nixlep.combine",
-             Tag(OpKind::kCombine, attributes, format, attributes.weighted), format, tokens,
-             HandleSizes(row_of), [&](Launch launch) {
+  return Run(device, stream, "jax_nixlep.combine", Tag(OpKind::kCombine, attributes, format, attributes.weighted),
+             format, tokens, HandleSizes(row_of), [&](Launch launch) {
                SendSums(launch, {.num_tokens = int(tokens),
                                  .num_rows = rows.dimensions()[0],
                                  .rows = Bytes(rows),
@@ -382,5 +382,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNixlepMarkCuda, gpu::Mark,
                               ffi::Ffi::Bind()
                                   .Ctx<gpu::Stream>()
                                   .Attr<int64_t>("index")
-                                  .Arg<gpu::Any>()   // after
-                                  .Ret<gpu::F32>()); // order []
+                                  .Arg<gpu::Any>()    // after
+                                  .Ret<gpu::F32>());  // order []

@@ -1,16 +1,15 @@
-#include "cuda/kernels.h"
-
 #include <algorithm>
 #include <climits>
 #include <type_traits>
 
 #include "cuda/device.cuh"
+#include "cuda/kernels.h"
 
 namespace jax_nixlep::cuda {
 namespace {
 
-constexpr int kAhead = 2;   // tokens that a block has in flight
-constexpr int kUnroll = 4;  // granules of a row that a lane has in flight
+constexpr int kAhead = 2;                 // tokens that a block has in flight
+constexpr int kUnroll = 4;                // granules of a row that a lane has in flight
 constexpr int64_t kSmallBytes = 1 << 20;  // may be read in vain
 constexpr int kMoveThreads = 512, kSumThreads = 256;
 
@@ -96,8 +95,8 @@ struct Fp8Codec {
   __device__ static Loaded Load(const Params& p, const std::byte* row, int granule) {
     const std::byte* scales = row + p.value_bytes;
     const int block = granule / kLanes;
-    const float scale = p.ue8m0 ? __uint_as_float(uint32_t(scales[block]) << 23)
-                                : reinterpret_cast<const float*>(scales)[block];
+    const float scale =
+        p.ue8m0 ? __uint_as_float(uint32_t(scales[block]) << 23) : reinterpret_cast<const float*>(scales)[block];
     return {LoadOnce<kWordsOf<T, e4m3>>(row + granule * sizeof(Values)), scale};
   }
   __device__ static Words<4> Decode(const Loaded& in) {
@@ -114,7 +113,8 @@ struct Fp8Codec {
 // --- Sending tokens: every token is written once, into the message that all peers read. ---
 
 template <typename Codec>
-__global__ void __launch_bounds__(1024) SendTokensKernel(const __grid_constant__ Params p, const __grid_constant__ SendTokensArgs a) {
+__global__ void __launch_bounds__(1024)
+    SendTokensKernel(const __grid_constant__ Params p, const __grid_constant__ SendTokensArgs a) {
   __shared__ Op op;
   const int G = p.granules, K = p.g.top_k, lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   DeviceState& state = p.control->state;
@@ -349,9 +349,7 @@ __device__ void FinishPlan(const Params& p, const Plan& plan, int64_t num_rows) 
   __syncthreads();
 }
 
-__device__ int UsedRows(const Params& p, const Plan& plan) {
-  return plan.base[p.g.experts_per_rank];
-}
+__device__ int UsedRows(const Params& p, const Plan& plan) { return plan.base[p.g.experts_per_rank]; }
 
 // The small outputs. One block.
 __device__ void ReportPeers(const Op& op, const Params& p, int32_t* peers) {
@@ -372,7 +370,8 @@ __device__ void ReportPlan(const Op& op, const Params& p, const Plan& plan, cons
   }
 }
 
-__global__ void __launch_bounds__(kMoveThreads) PlanKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveTokensArgs a) {
+__global__ void __launch_bounds__(kMoveThreads)
+    PlanKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveTokensArgs a) {
   __shared__ Op op;
   Begin(op, p, /*sending=*/false);
   AwaitAll(op, p);
@@ -411,7 +410,8 @@ __device__ void PrefetchTables(const Params& p, int ranks, int num_bytes, bool s
 }
 
 template <typename Codec, bool kPlanned>
-__global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveTokensKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveTokensArgs a) {
+__global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
+    ReceiveTokensKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveTokensArgs a) {
   extern __shared__ std::byte dynamic[];
   __shared__ Op op;
   __shared__ uint32_t taken[kMaxRanks];
@@ -564,7 +564,8 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveToke
 
 // Rows, or weights only, along the handle of an earlier dispatch.
 template <typename Codec>
-__global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveAlongKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveAlongArgs a) {
+__global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
+    ReceiveAlongKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveAlongArgs a) {
   __shared__ Op op;
   __shared__ int used;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -640,10 +641,12 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1) ReceiveAlon
 // --- Sums of rows, back to the tokens ---
 
 // Blocks of one blockIdx.y serve one destination.
-constexpr int kSumUnroll = 4, kSumRows = 2, kSumBlocks = 2;  // granules of a row, and rows, that a lane has in flight; blocks of an SM
+constexpr int kSumUnroll = 4, kSumRows = 2,
+              kSumBlocks = 2;  // granules of a row, and rows, that a lane has in flight; blocks of an SM
 
 template <typename T_, typename W>
-__global__ void __launch_bounds__(kSumThreads, kSumBlocks) SendSumsKernel(const __grid_constant__ Params p, const __grid_constant__ SendSumsArgs a) {
+__global__ void __launch_bounds__(kSumThreads, kSumBlocks)
+    SendSumsKernel(const __grid_constant__ Params p, const __grid_constant__ SendSumsArgs a) {
   constexpr int V = kValues<T_>;
   __shared__ Op op;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -653,7 +656,8 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks) SendSumsKernel(const 
   DeviceState& state = p.control->state;
   auto choices_of = [&](int t) { return a.row_of + (uint64_t(to) * T + t) * K; };
   // The first choices are on their way while the state is read.
-  int next_row = p.segments.Quotient(first_unit) < T && lane < K ? choices_of(p.segments.Quotient(first_unit))[lane] : -1;
+  int next_row =
+      p.segments.Quotient(first_unit) < T && lane < K ? choices_of(p.segments.Quotient(first_unit))[lane] : -1;
   const uint64_t begun_ns = Now();
   Begin(op, p, /*sending=*/true);
   const uint32_t head = PassHead(p);
@@ -770,7 +774,8 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks) SendSumsKernel(const 
 }
 
 template <typename T_, typename W>
-__global__ void __launch_bounds__(kSumThreads, 4) ReceiveSumsKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveSumsArgs a) {
+__global__ void __launch_bounds__(kSumThreads, 4)
+    ReceiveSumsKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveSumsArgs a) {
   constexpr int V = kValues<T_>, kRows = 4;  // more rows at once rather than more of each
   __shared__ Op op;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -814,8 +819,7 @@ __global__ void __launch_bounds__(kSumThreads, 4) ReceiveSumsKernel(const __grid
     float sum[V] = {};
     for (int r0 = 0; r0 < R; r0 += kWarp) {
       const int r = r0 + lane;
-      const bool present =
-          r < R && op.live[r] && reinterpret_cast<const int32_t*>(op.inbox(p.g, op.region, r))[t] != 0;
+      const bool present = r < R && op.live[r] && reinterpret_cast<const int32_t*>(op.inbox(p.g, op.region, r))[t] != 0;
       unsigned ranks = __ballot_sync(kAllLanes, present);
       if (segment == 0) {
         if (a.scalars) {
@@ -949,9 +953,8 @@ void SendTokens(const Launch& l, const SendTokensArgs& a) {
   p.granules = int32_t(size_t(l.format.hidden) * TokenBytes(l.format.type) / 16);
   const int threads = std::clamp((std::max(p.granules, l.geometry.top_k) + 31) / 32 * 32, 64, 1024);
   const int blocks = Blocks(a.num_tokens, 1, l.num_sms * (2048 / threads));
-  WithCodec(l.format, /*encode=*/true, [&](auto codec) {
-    SendTokensKernel<decltype(codec)><<<blocks, threads, 0, l.stream>>>(p, a);
-  });
+  WithCodec(l.format, /*encode=*/true,
+            [&](auto codec) { SendTokensKernel<decltype(codec)><<<blocks, threads, 0, l.stream>>>(p, a); });
 }
 
 void ReceiveTokens(const Launch& l, const ReceiveTokensArgs& a) {
@@ -982,9 +985,8 @@ void ReceiveAlong(const Launch& l, const ReceiveAlongArgs& a) {
   const int64_t tokens = int64_t(l.geometry.max_ranks) * l.geometry.max_tokens;
   const int64_t segments = p.segments.value;
   const int blocks = Blocks(tokens * segments, kMoveThreads / kWarp, l.num_sms * 2);
-  WithCodec(l.format, /*encode=*/false, [&](auto codec) {
-    ReceiveAlongKernel<decltype(codec)><<<blocks, kMoveThreads, 0, l.stream>>>(p, a);
-  });
+  WithCodec(l.format, /*encode=*/false,
+            [&](auto codec) { ReceiveAlongKernel<decltype(codec)><<<blocks, kMoveThreads, 0, l.stream>>>(p, a); });
 }
 
 void SendSums(const Launch& l, const SendSumsArgs& a) {

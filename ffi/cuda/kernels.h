@@ -28,50 +28,50 @@ struct Launch {
 
 struct SendTokensArgs {
   int num_tokens = 0;
-  const std::byte* x = nullptr;      // [t, H]
-  const int32_t* ids = nullptr;      // [t, K]
-  const float* weights = nullptr;    // [t, K], or null
-  int32_t* clean_ids = nullptr;      // [t, K], or null: the ids are clean and the peers have them
-  int32_t* invalid_ids = nullptr;    // [1], with clean_ids
+  const std::byte* x = nullptr;    // [t, H]
+  const int32_t* ids = nullptr;    // [t, K]
+  const float* weights = nullptr;  // [t, K], or null
+  int32_t* clean_ids = nullptr;    // [t, K], or null: the ids are clean and the peers have them
+  int32_t* invalid_ids = nullptr;  // [1], with clean_ids
 };
 void SendTokens(const Launch& launch, const SendTokensArgs& args);
 
 struct ReceiveTokensArgs {
   int64_t num_rows = 0;
-  bool weighted = false;             // messages carry weights
-  std::byte* rows = nullptr;         // [C, H]
-  std::byte* scales = nullptr;       // [C, H / 128], or null
-  float* row_weights = nullptr;      // [C]
-  int32_t* group_sizes = nullptr;    // [E]
-  int32_t* demand = nullptr;         // [E]
-  int32_t* row_of = nullptr;         // [R, T, K]
-  int32_t* peers = nullptr;          // [R]
-  int32_t* dropped = nullptr;        // [1]
+  bool weighted = false;           // messages carry weights
+  std::byte* rows = nullptr;       // [C, H]
+  std::byte* scales = nullptr;     // [C, H / 128], or null
+  float* row_weights = nullptr;    // [C]
+  int32_t* group_sizes = nullptr;  // [E]
+  int32_t* demand = nullptr;       // [E]
+  int32_t* row_of = nullptr;       // [R, T, K]
+  int32_t* peers = nullptr;        // [R]
+  int32_t* dropped = nullptr;      // [1]
 };
 void ReceiveTokens(const Launch& launch, const ReceiveTokensArgs& args);
 
 struct ReceiveAlongArgs {
   int64_t num_rows = 0;
-  const int32_t* row_of = nullptr;   // [R, T, K]
-  std::byte* rows = nullptr;         // [C, H]
-  float* row_weights = nullptr;      // [C], or null
+  const int32_t* row_of = nullptr;  // [R, T, K]
+  std::byte* rows = nullptr;        // [C, H]
+  float* row_weights = nullptr;     // [C], or null
 };
 void ReceiveAlong(const Launch& launch, const ReceiveAlongArgs& args);
 
 struct SendSumsArgs {
-  int num_tokens = 0;                // of this rank, for its signal
+  int num_tokens = 0;  // of this rank, for its signal
   int64_t num_rows = 0;
-  const std::byte* rows = nullptr;   // [C, H]
+  const std::byte* rows = nullptr;  // [C, H]
   const float* row_weights = nullptr;
   const float* row_scalars = nullptr;  // [C], or null
-  const int32_t* row_of = nullptr;   // [R, T, K]
+  const int32_t* row_of = nullptr;     // [R, T, K]
 };
 void SendSums(const Launch& launch, const SendSumsArgs& args);
 
 struct ReceiveSumsArgs {
   int num_tokens = 0;
-  std::byte* y = nullptr;            // [t, H]
-  float* scalars = nullptr;          // [t, K], or null
+  std::byte* y = nullptr;    // [t, H]
+  float* scalars = nullptr;  // [t, K], or null
 };
 void ReceiveSums(const Launch& launch, const ReceiveSumsArgs& args);
 

@@ -59,14 +59,13 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("XLA_FFI_API_VERSION") = py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("WIRE_VERSION") = kWireVersion;
   m.def("handlers", [] {
-    return py::dict(py::arg("dispatch") = Handler(JaxNixlepDispatchCuda),
-                    py::arg("redispatch") = Handler(JaxNixlepRedispatchCuda),
-                    py::arg("combine") = Handler(JaxNixlepCombineCuda),
-                    py::arg("dispatch_start") = Handler(JaxNixlepDispatchStartCuda),
-                    py::arg("dispatch_finish") = Handler(JaxNixlepDispatchFinishCuda),
-                    py::arg("combine_start") = Handler(JaxNixlepCombineStartCuda),
-                    py::arg("combine_finish") = Handler(JaxNixlepCombineFinishCuda),
-                    py::arg("mark") = Handler(JaxNixlepMarkCuda));
+    return py::dict(
+        py::arg("dispatch") = Handler(JaxNixlepDispatchCuda), py::arg("redispatch") = Handler(JaxNixlepRedispatchCuda),
+        py::arg("combine") = Handler(JaxNixlepCombineCuda),
+        py::arg("dispatch_start") = Handler(JaxNixlepDispatchStartCuda),
+        py::arg("dispatch_finish") = Handler(JaxNixlepDispatchFinishCuda),
+        py::arg("combine_start") = Handler(JaxNixlepCombineStartCuda),
+        py::arg("combine_finish") = Handler(JaxNixlepCombineFinishCuda), py::arg("mark") = Handler(JaxNixlepMarkCuda));
   });
   m.def("num_launches", &cuda::NumLaunches, "Calls of handlers so far; replays of a command buffer make none.");
   m.def("elapsed_us", &cuda::ElapsedUs, py::arg("start"), py::arg("end"), "Time between two marks, for measurements.");
@@ -75,7 +74,8 @@ PYBIND11_MODULE(_cuda, m) {
       [](int device, std::shared_ptr<CudaEndpoint> endpoint) {
         RegistryOf<CudaEndpoint>::Get().Set(device, std::move(endpoint));
       },
-      py::arg("device"), py::arg("endpoint").none(true), "Operations of local device `device` use `endpoint` (or none).");
+      py::arg("device"), py::arg("endpoint").none(true),
+      "Operations of local device `device` use `endpoint` (or none).");
 
   // The exceptions are those of the CPU module, so that callers catch one kind.
   static py::object ep_error = py::module_::import("jax_nixlep._host").attr("EpError");
@@ -91,7 +91,8 @@ PYBIND11_MODULE(_cuda, m) {
     }
   });
 
-  py::class_<CudaEndpoint, std::shared_ptr<CudaEndpoint>>(m, "Endpoint", "A rank's end of a group; see ffi/cuda/endpoint.h.")
+  py::class_<CudaEndpoint, std::shared_ptr<CudaEndpoint>>(m, "Endpoint",
+                                                          "A rank's end of a group; see ffi/cuda/endpoint.h.")
       .def(py::init(&MakeEndpoint), py::kw_only(), py::arg("device"), py::arg("rank"), py::arg("max_ranks"),
            py::arg("experts_per_rank"), py::arg("max_tokens"), py::arg("top_k"), py::arg("row_bytes"),
            py::arg("timeout_s"), py::arg("mask_late_peers"), Unlocked())
@@ -112,7 +113,8 @@ PYBIND11_MODULE(_cuda, m) {
           py::arg("library"), py::arg("name"))
       .def(
           "connect_nixl",
-          // The nonce that keeps late writes of an earlier group apart on CPUs is not needed: views end with their agent.
+          // The nonce that keeps late writes of an earlier group apart on CPUs is not needed: views end with their
+          // agent.
           [](CudaEndpoint& endpoint, int peer, const py::bytes& metadata, uint64_t remote_base, uint64_t /*nonce*/) {
             std::string blob = metadata;
             py::gil_scoped_release unlocked;
@@ -129,7 +131,8 @@ PYBIND11_MODULE(_cuda, m) {
           py::arg("epoch"), py::arg("members"))
       .def("close", &CudaEndpoint::Close, Unlocked())
       .def("health", &Health, py::arg("rank"))
-      .def_property_readonly("failure", &CudaEndpoint::Failure, "Why no operation can run any more; '' while all is well.")
+      .def_property_readonly("failure", &CudaEndpoint::Failure,
+                             "Why no operation can run any more; '' while all is well.")
       .def_property_readonly("num_bytes", [](const CudaEndpoint& e) { return e.num_bytes() + sizeof(cuda::Control); })
       .def_property_readonly("epoch", &CudaEndpoint::epoch)
       .def_property_readonly("num_operations", &CudaEndpoint::num_operations)

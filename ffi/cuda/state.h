@@ -56,9 +56,9 @@ struct Geometry {
 // Why an endpoint stopped; see Endpoint::Failure for the words.
 enum class Failure : uint32_t {
   kNone = 0,
-  kTimedOut,     // a peer did not arrive, and late peers end the operation
-  kOtherOp,      // a peer runs another operation at the same place
-  kPeerAhead,    // a peer went on without this rank
+  kTimedOut,   // a peer did not arrive, and late peers end the operation
+  kOtherOp,    // a peer runs another operation at the same place
+  kPeerAhead,  // a peer went on without this rank
   kPeerLeft,
   kPeerFailed,
   kBadCount,
@@ -92,15 +92,15 @@ struct PeerCounters {
 struct DeviceState {
   // Read at the start of every kernel.
   std::byte* region;
-  uint64_t started;              // stamp of the operation that was started last
-  uint64_t current;              // the same, for the receiving half of a fused operation
-  uint64_t begun_ns[kBanks];     // when the operation of the bank was started
-  uint64_t overlapped[kBanks];   // its stamp, if the next operation was started before it was finished
-  uint64_t finished;             // stamp of the operation that was finished last
+  uint64_t started;             // stamp of the operation that was started last
+  uint64_t current;             // the same, for the receiving half of a fused operation
+  uint64_t begun_ns[kBanks];    // when the operation of the bank was started
+  uint64_t overlapped[kBanks];  // its stamp, if the next operation was started before it was finished
+  uint64_t finished;            // stamp of the operation that was finished last
   uint64_t timeout_ns;
   int32_t rank;
   uint32_t active;
-  uint32_t failed;               // Failure
+  uint32_t failed;  // Failure
   uint32_t closing;
   uint32_t mask_late_peers;
   uint32_t num_put_peers;
@@ -109,7 +109,7 @@ struct DeviceState {
 
   void *local_view, *remote_view;
   FailureReport* report;
-  std::byte* scratch;            // of the routing plan
+  std::byte* scratch;  // of the routing plan
   // Blocks that passed a point of the running kernel; back at zero when the last one has.
   uint32_t heads, tails, arrivals[kMaxRanks];
   uint32_t invalid_now;

@@ -10,13 +10,16 @@ import time
 
 LAYERS, REPEATS = 32, 30
 graphs = sys.argv[1] == "graphs"
-os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "CUDA_MODULE_LOADING": "EAGER",
-               "XLA_FLAGS": "--xla_gpu_graph_min_graph_size=1" if graphs else "--xla_gpu_enable_command_buffer="}  # fmt: skip
-import jax
-import jax.numpy as jnp
+os.environ |= {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "CUDA_MODULE_LOADING": "EAGER",
+    "XLA_FLAGS": "--xla_gpu_graph_min_graph_size=1" if graphs else "--xla_gpu_enable_command_buffer=",
+}
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 
-import jax_nixlep as nx
-from jax_nixlep import _cuda
+import jax_nixlep as nx  # noqa: E402
+from jax_nixlep import _cuda  # noqa: E402
 
 config = nx.EpConfig(max_ranks=1, experts_per_rank=8, max_tokens_per_rank=16, hidden=2048, top_k=4, recv_capacity=64)
 nx.initialize(config, rank=0, members=[0])
@@ -40,5 +43,7 @@ for _ in range(REPEATS):
     x_out = chain(x)
 x_out.block_until_ready()
 us = (time.perf_counter() - start) / REPEATS / LAYERS / 2 * 1e6
-print(f"chain {sys.argv[1]}: {us:.1f} us per operation, {(_cuda.num_launches() - before) / REPEATS:.1f} handler calls per"
-      f" chain of {2 * LAYERS} operations, failure {nx.current_group().health().failure!r}")
+print(
+    f"chain {sys.argv[1]}: {us:.1f} us per operation, {(_cuda.num_launches() - before) / REPEATS:.1f} handler calls per"
+    f" chain of {2 * LAYERS} operations, failure {nx.current_group().health().failure!r}"
+)

@@ -1,9 +1,10 @@
-"""Turns the output of `run.sh phases` into the comparison with upstream, as JSON: python compare.py phases.txt... > phases.json"""
+"""The output of `run.sh phases` as the comparison with upstream: python compare.py phases.txt... > phases.json"""
 
 import ast
 import json
 import statistics
 import sys
+from pathlib import Path
 
 COPY_TB_S = 4.2  # device-to-device copy on the same GPU, bytes read and written (kernel_phases prints it)
 
@@ -12,7 +13,7 @@ def main(paths):
     cases = {}
     for path in paths:
         side = key = None
-        for line in open(path):
+        for line in Path(path).read_text().splitlines():
             if "experts/rank top_k" in line:
                 numbers = line.split("=")[1].split()
                 side = "ours" if line.startswith("ours") else "upstream"

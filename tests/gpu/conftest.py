@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from ranks import RankPool  # noqa: E402
+from ranks import RankPool
 
 if not os.environ.get("JAX_NIXLEP_TEST_GPUS"):
     collect_ignore_glob = ["test_*.py"]

@@ -1,4 +1,4 @@
-"""Our operations phase by phase, one rank at a time on one GPU, as ../shared/proofs/nixl_ep_phases.py measures upstream.
+"""Our operations phase by phase, one rank at a time on one GPU, as nixl_ep_phases.py measures upstream.
 
     python phases.py RANKS TOKENS HIDDEN EXPERTS_PER_RANK TOP_K ITERATIONS FP8(0|1) [CAPACITY_FACTOR]
 
@@ -19,9 +19,13 @@ EVICT_BYTES = 1 << 29
 
 
 def run_rank(rank, ranks, url, barrier, args, results):
-    os.environ |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "CUDA_MODULE_LOADING": "EAGER",
-                   "XLA_FLAGS": "--xla_gpu_enable_command_buffer=", "UCX_LOG_LEVEL": "error",
-                   "JAX_CUDA_VISIBLE_DEVICES": str(rank % int(os.environ.get("JAX_NIXLEP_TEST_GPUS") or 1))}  # fmt: skip
+    os.environ |= {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "CUDA_MODULE_LOADING": "EAGER",
+        "XLA_FLAGS": "--xla_gpu_enable_command_buffer=",
+        "UCX_LOG_LEVEL": "error",
+        "JAX_CUDA_VISIBLE_DEVICES": str(rank % int(os.environ.get("JAX_NIXLEP_TEST_GPUS") or 1)),
+    }
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -98,9 +102,21 @@ def run_rank(rank, ranks, url, barrier, args, results):
     dropped = int(received.status.dropped)
     health = nx.current_group().health()
     medians = [round(statistics.median(column), 1) for column in zip(*samples, strict=True)]
-    results.put((rank, {"us": medians, "sum_us": round(sum(medians), 1), "error": error, "dropped": dropped,
-                        "rows": config.num_rows, "failure": health.failure, "paths": [p.path for p in health.peers.values()],
-                        "buffer_MB": health.symmetric_bytes // 10**6}))  # fmt: skip
+    results.put(
+        (
+            rank,
+            {
+                "us": medians,
+                "sum_us": round(sum(medians), 1),
+                "error": error,
+                "dropped": dropped,
+                "rows": config.num_rows,
+                "failure": health.failure,
+                "paths": [p.path for p in health.peers.values()],
+                "buffer_MB": health.symmetric_bytes // 10**6,
+            },
+        )
+    )
     barrier.wait()
     nx.shutdown()
 

@@ -160,9 +160,7 @@ def rank_halves(job, config, deep):
         sum_a = nx.combine_start(got_a.tokens, got_a.handle, config=config, after=got_b.status.order)
         if not deep:
             y_a = nx.combine_finish(sum_a)
-        sum_b = nx.combine_start(
-            got_b.tokens, got_b.handle, config=config, after=sum_a.order if deep else y_a
-        )
+        sum_b = nx.combine_start(got_b.tokens, got_b.handle, config=config, after=sum_a.order if deep else y_a)
         if deep:
             y_a = nx.combine_finish(sum_a, after=sum_b.order)
         y_b = nx.combine_finish(sum_b, after=y_a)
