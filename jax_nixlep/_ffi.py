@@ -15,10 +15,10 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_nixlep import _host
-from jax_nixlep._host import Endpoint, EpError, NixlError, set_endpoint
+from jax_nixlep._host import Endpoint, EpError, NixlError, Region, RegionAgent, set_endpoint
 from jax_nixlep._vary import vary
 
-__all__ = ["Endpoint", "EpError", "NixlError", "set_endpoint", "call", "attributes"]
+__all__ = ["Endpoint", "EpError", "NixlError", "Region", "RegionAgent", "set_endpoint", "call", "attributes"]
 
 WIRE_VERSION: int = _host.WIRE_VERSION
 QUANT_BLOCK: int = _host.QUANT_BLOCK

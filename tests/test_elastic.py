@@ -1,0 +1,126 @@
+"""Groups that grow, shrink and lose members while they serve: every result is checked, exactly."""
+
+import functools
+import os
+import signal
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_nixlep as nx
+from jax_nixlep import placement as tables
+
+EXPERTS = 4
+CONFIG = nx.EpConfig(max_ranks=4, experts_per_rank=4, max_tokens_per_rank=8, hidden=16, top_k=2, dtype=jnp.float32)
+
+
+# --- What the ranks run. ---
+
+
+def expert_weights(ids):
+    """Weights of logical experts; small integers, so that sums are exact in any order. [n, ...]; -1 gives zeros."""
+    ids = np.asarray(ids)
+    gain = (ids[:, None] + 1) * (1 + np.arange(CONFIG.hidden) % 3)
+    return {"layer": {"gain": np.where(ids[:, None] < 0, 0, gain).astype(np.float32)}}
+
+
+DENSE = {"scale": np.full((3,), 2, np.float32)}
+
+
+def make_batch(rank, step):
+    rng = np.random.default_rng([rank, step])
+    tokens = CONFIG.max_tokens_per_rank
+    x = rng.integers(-8, 8, (tokens, CONFIG.hidden)).astype(np.float32)
+    ids = np.stack([rng.permutation(EXPERTS)[: CONFIG.top_k] for _ in range(tokens)]).astype(np.int32)
+    return x, ids, rng.integers(1, 4, ids.shape).astype(np.float32)
+
+
+def expected(x, ids, weights):
+    gain = expert_weights(np.arange(EXPERTS))["layer"]["gain"]
+    return 2 * (weights[:, :, None] * gain[ids] * x[:, None]).sum(1)
+
+
+@jax.jit
+def program(x, ids, weights, experts, dense, placement):
+    received = nx.dispatch(x, tables.to_slots(placement, ids), weights, config=CONFIG)
+    ends = jnp.cumsum(received.group_sizes)
+    local = jnp.minimum(jnp.searchsorted(ends, jnp.arange(CONFIG.num_rows), side="right"), CONFIG.experts_per_rank - 1)
+    out = received.tokens * experts["layer"]["gain"][local] * dense["scale"][0]
+    return nx.combine(out, received.handle, config=CONFIG, after=received.status.order)
+
+
+def start(job, members, **options):
+    """A member or a newcomer, warmed up."""
+    options = {"num_experts": EXPERTS, "timeout_s": 2, "init_timeout_s": 30} | options
+    if job.rank not in members:
+        group = nx.initialize(CONFIG, rank=job.rank, store=job.store, join=True, **options)
+    else:
+        group = nx.initialize(CONFIG, rank=job.rank, members=members, store=job.store, elastic=True, **options)
+        row = group.elastic.table[job.rank * CONFIG.experts_per_rank :][: CONFIG.experts_per_rank]
+        group.load(expert_weights(row), DENSE)
+    if job.rank not in members:
+        jax.block_until_ready(program(*make_batch(job.rank, 0), group.experts, group.dense, group.placement))
+    return group
+
+
+def serve(group, until):
+    """Steps until this rank is out or `until()`; returns how many, and when each ended."""
+    steps, times = 0, []
+    batch = make_batch(group.rank, steps)
+    while not until():
+        try:
+            y = group.run(lambda: program(*batch, group.experts, group.dense, group.placement))
+        except nx.ElasticError as error:
+            assert "has left" in str(error), error
+            break
+        np.testing.assert_array_equal(np.asarray(y), expected(*batch))
+        steps += 1
+        times.append((time.monotonic(), group.members))
+        batch = make_batch(group.rank, steps)
+    return steps, times
+
+
+def summary(group, steps, **more):
+    history = [(s.epoch, s.members, s.blocked_s, s.lost) for s in group.elastic.history]
+    return {"steps": steps, "history": history, "compiled": program._cache_size()} | more
+
+
+def rank_resizes(job, plan, first):
+    """Rank 0 resizes along `plan` while all serve; ends alone."""
+    group = start(job, first)
+    done = threading.Event()
+
+    def drive():
+        try:
+            for members in plan:
+                time.sleep(0.1)
+                change = group.prepare(members, deadline_s=15)
+                group.commit(change)
+                group.elastic.wait(change)
+        finally:
+            done.set()
+
+    driver = threading.Thread(target=drive)
+    if job.rank == 0:
+        driver.start()
+    steps, _ = serve(group, done.is_set)
+    present = [job.rank in members for members in [first, *plan]]
+    stints = sum(now and not before for before, now in zip([False, *present], present, strict=False))
+    for _ in range(stints - 1):
+        group.rejoin()
+        steps += serve(group, done.is_set)[0]
+    return summary(group, steps)
+
+
+@pytest.mark.parametrize("transport", ["shared", "nixl"])
+def test_grows_shrinks_and_leaves_holes(pools, transport):
+    plan = [[0, 1, 2], [0, 1, 2, 3], [0, 1, 3], [0, 2, 3], [0, 3], [0]]
+    answers = pools(4, transport).run(rank_resizes, plan, [0, 1], timeout_s=100)
+    assert [members for _, members, *_ in answers[0]["history"]] == [tuple(m) for m in plan]
+    for answer in answers:
+        assert answer["compiled"] == 1 and answer["steps"] > 0
+    print([f"{1e3 * b:.1f}" for _, _, b, _ in answers[0]["history"]], [a["steps"] for a in answers])
