@@ -26,7 +26,7 @@ from jax_nixlep import _ffi, _nixl
 from jax_nixlep._log import PREFIX, Log
 from jax_nixlep.config import EpConfig
 from jax_nixlep.placement import Placement, identity_table, plan_table, table_placement
-from jax_nixlep.protocol import Running, State, unready
+from jax_nixlep.protocol import Running, State, first_state, unready
 from jax_nixlep.store import Store, StoreError, connect
 from jax_nixlep.weights import Pace, Spec, Tree, WeightSet, check_spec, copy_bytes, flatten, spec_of
 
@@ -117,6 +117,7 @@ class Elastic:
         self._boundary, self._operations = 0, 0
         self._at_boundary = False
         self._warm = False  # a joiner has called `step`
+        self._set_up = threading.Event()  # `load` was called, or evidently will not be
         self._promise: tuple[str, int] | None = None  # change, and the boundary not to pass before its step is known
         self._problem = ""
         self._seen: tuple[str, float] = ("", 0.0)  # the running change, and when it was first seen
@@ -152,13 +153,13 @@ class Elastic:
         """Starts the log as the lowest of the first members; before the others `open`."""
         per_rank = self._config.experts_per_rank
         table = identity_table(self._num_experts, members, per_rank, self._config.max_ranks)
-        self._log.create(State(1, tuple(sorted(members)), tuple(map(int, table)), per_rank))
+        self._log.create(first_state(members, tuple(map(int, table)), per_rank, self._join_timeout_s))
 
     def open(self, nonces: Mapping[int, int], timeout_s: float) -> None:
         """As a first member, connected to the others, whose regions have these `nonces`."""
         self._log.open(timeout_s)
         self._connected = dict(nonces)
-        self._apply(self._log.state, 0.0, activate=False)
+        self._held.placement = table_placement(self._log.state.table, self._num_experts, self._config.max_ranks)
         self._renew()
         self._thread.start()
 
@@ -267,6 +268,7 @@ class Elastic:
         held.expert_arrays, held.dense_arrays = held.experts.arrays(), held.dense.arrays()  # type: ignore[union-attr]
         with self._cond:
             self._held = held
+        self._set_up.set()
 
     # --- What a caller asks for. ---
 
@@ -320,6 +322,7 @@ class Elastic:
 
     def commit(self, change: Change) -> None:
         """Returns once the step is agreed, or, where this thread is the one that steps and stands at it, after it."""
+        self._set_up.set()
         self._until(change, lambda state: not unready(state), "become ready")
         self._append(lambda s: self._for(s, change.id, "prepare") and {"kind": "commit", "change": change.id})
         stepping = threading.get_ident() == self._serving
@@ -386,6 +389,7 @@ class Elastic:
     def step(self) -> bool:
         """See `EpGroup.step`."""
         began, todo = time.monotonic(), ""
+        self._set_up.set()
         self._serving = threading.get_ident()
         if self._applied:
             self._look_back()
@@ -509,7 +513,7 @@ class Elastic:
             if out:
                 event = {"kind": "evict", "epoch": state.epoch, "rank": self._rank, "ranks": out}
                 self._append(lambda s: event if s.epoch == state.epoch and s.recovery else None)
-        elif change and change.phase == "switch" and now - since > self._timeout_s:
+        elif change and change.phase == "switch" and now - since > (self._timeout_s if state.epoch else change.deadline_s):
             missing = [r for r in state.members if r not in change.arrived]
             event = {"kind": "suspect", "epoch": state.epoch, "rank": self._rank, "ranks": missing}
             self._append(lambda s: event if self._for(s, change.id, "switch") else None)
@@ -517,14 +521,13 @@ class Elastic:
             event = {"kind": "suspect", "epoch": state.epoch, "rank": self._rank, "ranks": self._suspects()}
             self._append(lambda s: event if s.epoch == state.epoch and not s.recovery else None)
 
-    def _apply(self, state: State, began: float, *, activate: bool = True) -> None:
+    def _apply(self, state: State, began: float) -> None:
         """Starts an epoch on this rank. No operation runs."""
         with self._cond:
             for peer in [r for r in self._connected if r not in state.members]:
                 self._endpoint.drop_peer(peer)
                 del self._connected[peer]
-            if activate:
-                self._endpoint.activate(state.epoch, list(state.members))
+            self._endpoint.activate(state.epoch, list(state.members))
             staged = self._staged
             if staged and staged.change == state.last:
                 if self._held.experts and self._held.experts is not staged.experts:
@@ -538,12 +541,10 @@ class Elastic:
             self._applied, self._members = state.epoch, state.members
             self._recovery_began = 0.0
         self._timeouts = {r: self._endpoint.health(r)["timeouts"] for r in state.members}
-        if activate:
-            blocked = time.monotonic() - began
-            switch = Switch(state.epoch, state.members, blocked, state.evicted, state.last)
-            self.history.append(switch)
-            for callback in self.on_commit:
-                callback(switch)
+        switch = Switch(state.epoch, state.members, time.monotonic() - began, state.evicted, state.last)
+        self.history.append(switch)
+        for callback in self.on_commit:
+            callback(switch)
 
     def _leave(self, state: State) -> None:
         """This rank is out: alone, as before it joined; it may join again."""
@@ -745,6 +746,8 @@ class Elastic:
         nixl = os.environ.get("JAX_NIXLEP_P2P", "1") == "0" or len({hello["host"] for hello in hellos.values()}) > 1
         own: dict[str, Any] | None = None
         if me in state.members:
+            if not self._set_up.wait(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError("load() was not called")
             held = self._held
             own = {"experts": None}
             if held.experts is not None and held.dense is not None:

@@ -78,12 +78,12 @@ class EpGroup:
 
     @property
     def members(self) -> tuple[int, ...]:
-        """Ranks that take part; of a rank that is joining or out, none."""
+        """Ranks that take part; of an elastic group before its first `step`, and of a rank that is out, none."""
         return self._members if self._elastic is None else self._elastic.members
 
     @property
     def epoch(self) -> int:
-        """Number of the membership; grows when it changes. 0 for a rank that is joining or out."""
+        """Number of the membership; grows when it changes. 0 before the first `step`, and for a rank that is out."""
         return 1 if self._elastic is None else self._elastic.epoch
 
     @property
@@ -240,9 +240,12 @@ class EpGroup:
             return
         self._rendezvous = Rendezvous(self._store, self._seats, self.config, self._members, timeout_s)
         self._rendezvous.connect()
-        self._activate()
-        if self._elastic is not None and self.rank == self._members[0]:
-            self._elastic.create(self._members)
+        if self._elastic is None:
+            self._activate()
+        else:
+            self._seats[0].endpoint.activate(0, [self.rank])  # alone, until the first `step`
+            if self.rank == self._members[0]:
+                self._elastic.create(self._members)
         self._rendezvous.barrier("active")
         if self._elastic is not None:
             self._elastic.open(self._rendezvous.nonces(self._seats[0]), timeout_s)
@@ -322,8 +325,8 @@ def initialize(
       init_timeout_s: how long to wait here for all members.
       on_timeout: "raise": a late or dead peer ends the operation with an error on every rank. "mask": its tokens and
         experts are left out, and `Status.peers` and `health()` say so.
-      elastic: members may come, go and be lost: call `group.step()` between steps. Each process is one rank, the store
-        is needed even for one member, and it should outlive the ranks (`python -m jax_nixlep.store`, the launcher's).
+      elastic: members may come, go and be lost: call `group.step()` between steps. Programs run by themselves, to
+        compile and warm up, until its first call, which waits for all. Each process is one rank, the store is needed even for one member, and it should outlive the ranks (`python -m jax_nixlep.store`, the launcher's).
       join: this process is no member yet. Returns when a member has named it in `group.prepare` and it holds what it
         needs; its programs run by themselves, to compile and warm up, until its first `group.step()`, which takes part.
       num_experts: logical experts of an elastic group; default: one for each slot of the first members.

@@ -29,7 +29,7 @@ Steps, "boundary k", are counted from the begin of an epoch; all members run the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 Event = Mapping[str, Any]  # JSON: "kind", and the fields that `apply` names
@@ -96,13 +96,26 @@ class State:
         return self if handler is None else handler(self, event)
 
     def to_json(self) -> dict[str, Any]:
-        """Only between changes: what a snapshot of the log needs."""
-        return {name: getattr(self, name) for name in ("epoch", "members", "table", "per_rank", "last")}
+        """What a snapshot of the log needs: at the start, or when nothing runs."""
+        deadline_s = self.change.deadline_s if self.change else 0.0
+        return {name: getattr(self, name) for name in ("epoch", "members", "table", "per_rank", "last")} | {
+            "deadline_s": deadline_s
+        }
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> State:
-        numbers = int(value["epoch"]), tuple(value["members"]), tuple(value["table"]), int(value["per_rank"])
-        return State(*numbers, last=str(value["last"]))
+        epoch, members, table = int(value["epoch"]), tuple(value["members"]), tuple(value["table"])
+        if not epoch:
+            return first_state(members, table, value["per_rank"], value["deadline_s"])
+        return State(epoch, members, table, value["per_rank"], last=value["last"])
+
+
+def first_state(members: Iterable[int], table: tuple[int, ...], per_rank: int, deadline_s: float) -> State:
+    """Epoch 0, in which nobody serves: the first members are to arrive for epoch 1."""
+    ranks = tuple(sorted(members))
+    holds = tuple((rank, 0) for rank in ranks)
+    start = Running("start", ranks[0], ranks, table, deadline_s, phase="switch", holds=holds)
+    return State(0, ranks, table, per_rank, change=start)
 
 
 def _begin(state: State, event: Event) -> State:

@@ -1,6 +1,5 @@
 """Groups that grow, shrink and lose members while they serve: every result is checked, exactly."""
 
-import functools
 import os
 import signal
 import threading
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ranks import RankError, RankPool
 
 import jax_nixlep as nx
 from jax_nixlep import placement as tables
@@ -62,9 +62,12 @@ def start(job, members, **options):
         group = nx.initialize(CONFIG, rank=job.rank, members=members, store=job.store, elastic=True, **options)
         row = group.elastic.table[job.rank * CONFIG.experts_per_rank :][: CONFIG.experts_per_rank]
         group.load(expert_weights(row), DENSE)
-    if job.rank not in members:
-        jax.block_until_ready(program(*make_batch(job.rank, 0), group.experts, group.dense, group.placement))
+    warm_up(group)
     return group
+
+
+def warm_up(group):
+    jax.block_until_ready(program(*make_batch(group.rank, 0), group.experts, group.dense, group.placement))
 
 
 def serve(group, until):
@@ -120,7 +123,54 @@ def rank_resizes(job, plan, first):
 def test_grows_shrinks_and_leaves_holes(pools, transport):
     plan = [[0, 1, 2], [0, 1, 2, 3], [0, 1, 3], [0, 2, 3], [0, 3], [0]]
     answers = pools(4, transport).run(rank_resizes, plan, [0, 1], timeout_s=100)
-    assert [members for _, members, *_ in answers[0]["history"]] == [tuple(m) for m in plan]
+    assert [members for _, members, *_ in answers[0]["history"]] == [tuple(m) for m in [[0, 1], *plan]]
     for answer in answers:
         assert answer["compiled"] == 1 and answer["steps"] > 0
     print([f"{1e3 * b:.1f}" for _, _, b, _ in answers[0]["history"]], [a["steps"] for a in answers])
+
+
+def rank_loses(job, victim, when, timeout_s):
+    """All four serve, replicas spread; `victim` kills itself `when`. The survivors end together."""
+    group = start(job, [0, 1, 2, 3], timeout_s=timeout_s, restore=expert_weights)
+    group.step()
+    group.resize()  # by all at once: spreads the replicas
+    assert group.epoch == 2
+    end = []
+
+    def drive():
+        time.sleep(0.5)
+        if when == "prepare":
+            with pytest.raises(nx.ElasticError, match="did not happen"):
+                group.resize([0, 1, 2])
+        deadline = time.monotonic() + 10
+        while group.members != (0, 1, 3) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        group.resize([0])
+        end.append(1)
+
+    if job.rank == 0:
+        threading.Thread(target=drive).start()
+    if job.rank == victim and when == "call":
+        threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    if job.rank == victim:
+        group.elastic.on_prepare.append(lambda change: os.kill(os.getpid(), signal.SIGKILL))
+    steps, times = serve(group, lambda: bool(end))
+    gaps = np.diff([t for t, _ in times])
+    return summary(group, steps, gap=gaps.max(), lost=group.lost_experts)
+
+
+@pytest.mark.parametrize("transport", ["shared", "nixl"])
+@pytest.mark.parametrize("when", ["call", "prepare"])
+def test_survivors_agree_and_go_on(transport, when):
+    pool = RankPool(4, {"JAX_NIXLEP_P2P": "0" if transport == "nixl" else "1"})
+    try:
+        with pytest.raises(RankError) as caught:
+            pool.run(rank_loses, 2, when, 0.5, timeout_s=60)
+    finally:
+        pool.close()
+    assert set(caught.value.errors) == {2} and "exit code -9" in caught.value.errors[2], caught.value
+    for answer in caught.value.results.values():
+        assert [members for _, members, *_ in answer["history"]][2] == (0, 1, 3)
+        assert answer["lost"] == [] and answer["compiled"] == 1 and answer["gap"] < 1
+        print(answer["history"], answer["gap"])
