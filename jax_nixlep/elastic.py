@@ -321,22 +321,18 @@ class Elastic:
             )
 
     def commit(self, change: Change) -> None:
-        """Returns once the step is agreed, or, where this thread is the one that steps and stands at it, after it."""
         self._set_up.set()
         self._until(change, lambda state: not unready(state), "become ready")
         self._append(lambda s: self._for(s, change.id, "prepare") and {"kind": "commit", "change": change.id})
-        stepping = threading.get_ident() == self._serving
+        if threading.get_ident() != self._serving:
+            self._until(change, lambda state: False, "switch")
+            return
         with self._cond:
-            self._at_boundary = self._at_boundary or stepping
+            self._at_boundary = True
         try:
             self._until(change, lambda state: state.change.phase == "switch", "agree on the step")  # type: ignore[union-attr]
         finally:
-            if stepping:
-                self.step()  # goes through at once if the step is a later one
-
-    def wait(self, change: Change) -> None:
-        """Returns when `change` has happened."""
-        self._until(change, lambda state: False, "switch")
+            self.step()  # goes through at once if the step is a later one
 
     def _until(self, change: Change, done: Callable[[State], bool], what: str) -> None:
         """Until the change is over (and then whether it happened) or `done`."""

@@ -162,8 +162,7 @@ class EpGroup:
     def commit(self, change: Change) -> None:
         """Waits until all are ready and has all members switch at the same step, in their `step`, or none.
 
-        Called between two steps by every member it takes effect at once; otherwise a few steps later, and returns when
-        that step is agreed.
+        Returns after the switch; in the thread that steps, when it is agreed, usually for a few steps later.
 
         Raises:
           ElasticError: the change did not happen; says why. The old members go on.
@@ -175,7 +174,7 @@ class EpGroup:
         self.elastic.abort(change, reason)
 
     def resize(self, members: Iterable[int] | None = None, **options: Any) -> None:
-        """`prepare` and `commit`. In a thread beside the one that serves, or between two steps of all members at once."""
+        """`prepare` and `commit`, in a thread beside the one that serves."""
         self.commit(self.prepare(members, **options))
 
     def step(self) -> bool:

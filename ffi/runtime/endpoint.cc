@@ -23,6 +23,8 @@ constexpr microseconds kSpin{5};
 constexpr microseconds kNapShared{100'000};
 // Writes through NIXL ring nothing: look for them this often.
 constexpr microseconds kNapNixl{50};
+// How long an operation that failed waits for its own writes.
+constexpr microseconds kDrain{200'000};
 constexpr int kMaxPiecesPerTransfer = 512;
 // How long to keep memory that a peer may still write to through NIXL, so that it can say goodbye too.
 constexpr std::chrono::milliseconds kLinger{200};
@@ -245,6 +247,16 @@ Operation::Operation(Endpoint& endpoint, OpTag tag, int num_tokens, bool broadca
 
 Operation::~Operation() {
   if (finished_) return;
+  // A write that landed later could meet the data of the next epoch: let those to live peers end.
+  for (const auto end = Clock::now() + kDrain; !outgoing_.empty() && Clock::now() < end; usleep(kNapNixl.count())) {
+    std::erase_if(outgoing_, [&](Outgoing& out) {
+      try {
+        return out.transfer.Done();
+      } catch (const NixlError&) {
+        return true;
+      }
+    });
+  }
   outgoing_.clear();
   if (endpoint_.failure_.empty()) endpoint_.failure_ = Describe() + " did not complete";
   endpoint_.NotifyPeers(endpoint_.closing_ ? Notice::kLeft : Notice::kFailed);
