@@ -219,6 +219,11 @@ class Elastic:
         return self._applied
 
     @property
+    def boundary(self) -> int:
+        """Steps completed in this epoch; equal on all members in the same step."""
+        return self._boundary
+
+    @property
     def _current(self) -> _Held:
         return self._held if self._applied or self._staged is None else self._staged
 
@@ -532,6 +537,9 @@ class Elastic:
             else:
                 placement = table_placement(state.table, self._num_experts, self._config.max_ranks)
                 self._held = dataclasses.replace(self._held, placement=placement)
+            if not state.last and state.epoch > 1:
+                lost = f"lost ranks {list(state.evicted)}" if state.evicted else "all members are back"
+                _log.warning("elastic: epoch %d on rank %d: %s (%s)", state.epoch, self._rank, lost, self._problem)
             self._staged, self._promise, self._problem = None, None, ""
             self._boundary, self._operations = 0, self._endpoint.num_operations
             self._applied, self._members = state.epoch, state.members
@@ -797,7 +805,8 @@ class Elastic:
             mine = [slot for slot in slots if slot // per_rank == me]
             if mine and self._held.experts is not None:
                 for name, view in target.views.items():
-                    copy_bytes(view[here], self._held.experts.views[name][mine[0] % per_rank], deadline, pace)
+                    old = mine[0] % per_rank
+                    copy_bytes(view[here : here + 1], self._held.experts.views[name][old : old + 1], deadline, pace)
             elif slots:
                 slot = slots[(here + me) % len(slots)]  # readers spread over the replicas
                 rank = slot // per_rank

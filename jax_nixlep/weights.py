@@ -117,8 +117,8 @@ class WeightSet:
             theirs = _views(region, self.spec)
 
             def copy(name: str, there: int | None, here: int) -> None:
-                source = theirs[name] if there is None else theirs[name][there]
-                target = self.views[name] if there is None else self.views[name][here]
+                source = theirs[name] if there is None else theirs[name][there : there + 1]
+                target = self.views[name] if there is None else self.views[name][here : here + 1]
                 copy_bytes(target, source, deadline, pace)
 
             return copy

@@ -25,7 +25,8 @@ def expert_weights(ids):
     """Weights of logical experts; small integers, so that sums are exact in any order. [n, ...]; -1 gives zeros."""
     ids = np.asarray(ids)
     gain = (ids[:, None] + 1) * (1 + np.arange(CONFIG.hidden) % 3)
-    return {"layer": {"gain": np.where(ids[:, None] < 0, 0, gain).astype(np.float32)}}
+    gain = np.where(ids[:, None] < 0, 0, gain).astype(np.float32)
+    return {"layer": {"gain": gain}, "id": ids.astype(np.float32)}
 
 
 DENSE = {"scale": np.full((3,), 2, np.float32)}
@@ -49,7 +50,8 @@ def program(x, ids, weights, experts, dense, placement):
     received = nx.dispatch(x, tables.to_slots(placement, ids), weights, config=CONFIG)
     ends = jnp.cumsum(received.group_sizes)
     local = jnp.minimum(jnp.searchsorted(ends, jnp.arange(CONFIG.num_rows), side="right"), CONFIG.experts_per_rank - 1)
-    out = received.tokens * experts["layer"]["gain"][local] * dense["scale"][0]
+    gain = experts["layer"]["gain"][local] * jnp.where(experts["id"][local] < 0, 0, 1)[:, None]
+    out = received.tokens * gain * dense["scale"][0]
     return nx.combine(out, received.handle, config=CONFIG, after=received.status.order)
 
 
