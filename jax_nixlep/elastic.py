@@ -8,6 +8,7 @@ connects and moves weights.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import json
 import logging
@@ -145,7 +146,7 @@ class Elastic:
     # --- Start and end. ---
 
     def connect(self) -> None:
-        """Before anything else. Calls to the store are short: a store that is away must not keep a rank from serving."""
+        """Before anything else. Calls to the store are short: one that is away must not keep a rank from serving."""
         self._store = connect(self._url, secret=self._secret, timeout_s=_STORE_TIMEOUT_S)
         self._log = Log(self._store)
 
@@ -187,7 +188,8 @@ class Elastic:
             why = self._log.state.aborted[1]
             raise TimeoutError(
                 f"initialize: rank {self._rank} must be named by a prepare() that is committed, within "
-                f"{self._join_timeout_s:g} s; got none{f' (the last failed: {why})' if why else ''}; prepare it on a member"
+                f"{self._join_timeout_s:g} s; got none{f' (the last failed: {why})' if why else ''}; "
+                "call group.prepare on a member"
             )
 
     def close(self) -> None:
@@ -263,8 +265,8 @@ class Elastic:
                 for path, value in flat.items():
                     if not value.ndim or value.shape[0] != self._config.experts_per_rank:
                         raise ValueError(
-                            f"load: experts must have experts_per_rank = {self._config.experts_per_rank} rows in front; "
-                            f"got {list(value.shape)} for {path}; stack one expert per slot"
+                            f"load: experts must have experts_per_rank = {self._config.experts_per_rank} rows in front;"
+                            f" got {list(value.shape)} for {path}; stack one expert per slot"
                         )
             kept = WeightSet(spec_of(flat))
             for path, value in flat.items():
@@ -377,7 +379,8 @@ class Elastic:
 
     @staticmethod
     def _for(state: State, change: str, *phases: str) -> Any:
-        return state.change is not None and state.change.id == change and state.change.phase in phases or None
+        running = state.change
+        return (running is not None and running.id == change and running.phase in phases) or None
 
     def _append(self, make: Callable[[State], dict[str, Any] | None]) -> State:
         state = self._log.append(make)
@@ -452,9 +455,9 @@ class Elastic:
             change = state.change
             if change and change.phase == "switch" and self._boundary >= change.step:
                 return "wait" if self._arrived(state) else "arrive", state
-            if change and change.phase == "commit" and self._promise and self._promise[0] == change.id:
-                if self._boundary >= self._promise[1]:
-                    return "wait", state
+            promise = self._promise if change and change.phase == "commit" else None
+            if change and promise and promise[0] == change.id and self._boundary >= promise[1]:
+                return "wait", state
             if self._healing(state):
                 return "wait", state
             self._at_boundary = False
@@ -514,7 +517,11 @@ class Elastic:
             if out:
                 event = {"kind": "evict", "epoch": state.epoch, "rank": self._rank, "ranks": out}
                 self._append(lambda s: event if s.epoch == state.epoch and s.recovery else None)
-        elif change and change.phase == "switch" and now - since > (self._timeout_s if state.epoch else change.deadline_s):
+        elif (
+            change
+            and change.phase == "switch"
+            and now - since > (self._timeout_s if state.epoch else change.deadline_s)
+        ):
             missing = [r for r in state.members if r not in change.arrived]
             event = {"kind": "suspect", "epoch": state.epoch, "rank": self._rank, "ranks": missing}
             self._append(lambda s: event if self._for(s, change.id, "switch") else None)
@@ -682,10 +689,8 @@ class Elastic:
                 "change": change.id,
                 "reason": f"rank {self._rank}: {type(error).__name__}: {error}",
             }
-            try:
+            with contextlib.suppress(StoreError):  # the deadline ends it
                 self._append(lambda s: self._for(s, change.id, "prepare") and event)
-            except StoreError:
-                pass  # the deadline ends it
 
     def _key(self, change: Running, what: str, rank: int) -> str:
         return f"{PREFIX}change/{change.id}/{what}/{rank}"

@@ -88,8 +88,10 @@ class EpGroup:
 
     @property
     def placement(self) -> Placement:
-        """Which slots serve which expert, at first in order over the members' slots. Pass it to `nixlep_moe` as a runtime
-        argument. Of an elastic group it changes in `step`, in content, not in shape."""
+        """Which slots serve which expert, at first in order over the members' slots.
+
+        Pass it to `nixlep_moe` as a runtime argument. Of an elastic group, `step` changes its content, not its shape.
+        """
         if self._elastic is not None:
             return self._elastic.placement
         per_rank = self.config.experts_per_rank
@@ -112,7 +114,7 @@ class EpGroup:
 
     @property
     def experts(self) -> dict[str, Any]:
-        """Weights of this rank's slots, nested dicts of [experts_per_rank, ...], as `load` got them. Changes in `step`."""
+        """Weights of this rank's slots, nested dicts of [experts_per_rank, ...], as `load` got them; new in `step`."""
         return self.elastic.experts
 
     @property
@@ -325,7 +327,8 @@ def initialize(
       on_timeout: "raise": a late or dead peer ends the operation with an error on every rank. "mask": its tokens and
         experts are left out, and `Status.peers` and `health()` say so.
       elastic: members may come, go and be lost: call `group.step()` between steps. Programs run by themselves, to
-        compile and warm up, until its first call, which waits for all. Each process is one rank, the store is needed even for one member, and it should outlive the ranks (`python -m jax_nixlep.store`, the launcher's).
+        compile and warm up, until its first call, which waits for all. Each process is one rank. The store is needed
+        even for one member, and should outlive the ranks (`python -m jax_nixlep.store`, or the launcher's).
       join: this process is no member yet. Returns when a member has named it in `group.prepare` and it holds what it
         needs; its programs run by themselves, to compile and warm up, until its first `group.step()`, which takes part.
       num_experts: logical experts of an elastic group; default: one for each slot of the first members.

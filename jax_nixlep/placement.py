@@ -1,7 +1,7 @@
 """Which physical slots serve a logical expert: small arrays given to the program at run time.
 
-A *table* is the same thing the other way round, on the host: int32 [max_ranks * experts_per_rank], the logical expert of
-each physical slot, -1 for none. `plan_table` makes one for a new membership or a new load.
+A *table* is the same thing the other way round, on the host: int32 [max_ranks * experts_per_rank], the logical expert
+of each physical slot, -1 for none. `plan_table` makes one for a new membership or a new load.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def table_placement(table: Sequence[int], num_experts: int, max_replicas: int) -
     """The runtime arrays of a table, of shapes that do not depend on it.
 
     Args:
-      max_replicas: P, at least as many replicas as an expert can have; `config.max_ranks` if they are on distinct ranks.
+      max_replicas: P, the most replicas an expert can have; `config.max_ranks` if they are on distinct ranks.
     """
     slots, counts = np.zeros((num_experts, max_replicas), np.int32), np.zeros(num_experts, np.int32)
     for slot, expert in enumerate(table):
@@ -103,8 +103,8 @@ def plan_table(
     experts = len(load)
     if len(members) * per_rank < experts:
         raise ValueError(
-            f"plan_table: members must have at least {experts} slots, one for each expert; got {len(members) * per_rank} "
-            f"on ranks {members}; keep more members or raise experts_per_rank"
+            f"plan_table: members must have at least {experts} slots, one for each expert; got "
+            f"{len(members) * per_rank} on ranks {members}; keep more members or raise experts_per_rank"
         )
     table = np.full(len(old), -1, np.int32)
     load = load / max(load.sum(), 1e-30) + 1e-9  # experts that nobody chose are spread evenly too

@@ -2,9 +2,10 @@
 
     python -m jax_nixlep.plan PLAN.json
 
-A plan is a JSON list of phases, each a list of rank ids. A negative id takes part in its phase and is killed (SIGKILL, in
-the middle of a call) at its end; a rank that a phase does not list leaves before it, and may come back. Every rank is a
-process. In each phase every member compares every row it gets from dispatch, and every token from combine, with numpy.
+A plan is a JSON list of phases, each a list of rank ids. A negative id takes part in its phase and is killed (SIGKILL,
+in the middle of a call) at its end; a rank that a phase does not list leaves before it, and may come back. Every rank
+is a process. In each phase every member compares every row it gets from dispatch, and every token from combine, with
+numpy.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=16, help="tokens that each rank brings to a step")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--detect", type=float, default=2.0, metavar="SECONDS", help="how long a rank waits for another")
+    parser.add_argument(
+        "--detect", type=float, default=2.0, metavar="SECONDS", help="how long a rank waits for another"
+    )
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for each phase")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -118,7 +121,10 @@ class _Conductor:
             self._expect_exit(killed, -signal.SIGKILL)
             self._wait_right(i, store, self._survivors(i))
             survivors = self._survivors(i)
-            print(f"phase {i}: killed {killed}; ranks {survivors} right after {time.monotonic() - began:.1f} s", flush=True)
+            print(
+                f"phase {i}: killed {killed}; ranks {survivors} right after {time.monotonic() - began:.1f} s",
+                flush=True,
+            )
 
     def _start(self, rank: int, url: str, *, first: bool) -> None:
         who = json.dumps({"rank": rank, "store": url, "first": first})

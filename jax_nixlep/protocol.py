@@ -1,9 +1,9 @@
 """Who is a member: the protocol of an elastic group, as a pure function of a log.
 
-The store holds a log: entry n is the key made of n, written by compare_and_swap against "no such key", so all ranks read
-the same entries in the same order and a rank that appends knows what came before. `State` is what the log means; `apply`
-is total and deterministic, and ignores what does not fit. No rank decides anything else, and none is special: whoever
-asked for a change may die, and any rank may append an abort, a suspicion or an eviction.
+The store holds a log: entry n is the key made of n, written by compare_and_swap against "no such key", so all ranks
+read the same entries in the same order and a rank that appends knows what came before. `State` is what the log means;
+`apply` is total and deterministic, and ignores what does not fit. No rank decides anything else, and none is special:
+whoever asked for a change may die, and any rank may append an abort, a suspicion or an eviction.
 
 Resize.   begin    one change at a time; the second is ignored, and its caller sees whose runs.
           ready    by each old and new member: connected, weights received, warmed up. Serving goes on.
