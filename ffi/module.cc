@@ -60,10 +60,12 @@ class RegionAgent {
   std::string Metadata() const { return agent_.Metadata(); }
   std::string Connect(const std::string& metadata) { return agent_.Connect(metadata); }
   // Reads pieces (offset here, address there, bytes); throws NixlError if that fails or takes longer.
-  void Read(const std::string& peer, const std::vector<std::tuple<size_t, uint64_t, size_t>>& pieces, double timeout_s) {
+  void Read(const std::string& peer, const std::vector<std::tuple<size_t, uint64_t, size_t>>& pieces,
+            double timeout_s) {
     std::vector<NixlAgent::Piece> list;
     for (auto [offset, remote, num_bytes] : pieces) {
-      if (offset > region_->size() || num_bytes > region_->size() - offset) throw NixlError("nixl: read past the region");
+      if (offset > region_->size() || num_bytes > region_->size() - offset)
+        throw NixlError("nixl: read past the region");
       list.push_back({region_->data() + offset, remote, num_bytes});
     }
     NixlAgent::Transfer transfer(agent_, peer, list, NixlAgent::Direction::kRead);

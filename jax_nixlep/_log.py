@@ -20,12 +20,18 @@ class Log:
     """Reads the log into `state`, and appends to it. Thread-safe.
 
     A snapshot replaces entries that nobody needs any more; a rank that was away so long starts from it again.
+
+    Attributes:
+      newcomer: this rank is no member yet, and follows whichever job has the store.
     """
+
+    newcomer = False
 
     def __init__(self, store: Store):
         self._store = store
         self._lock = threading.Lock()
         self._next = 0
+        self._job = ""  # a store may hold the log of an earlier job
         self._state: State | None = None
 
     @property
@@ -36,8 +42,8 @@ class Log:
     def create(self, state: State) -> None:
         """Starts the log anew. One rank, before the others open it."""
         self._store.delete(PREFIX)
-        self._store.put(_SNAPSHOT, json.dumps([0, state.to_json()]).encode())
-        self._next, self._state = 0, state
+        self._next, self._state, self._job = 0, state, secrets.token_hex(8)
+        self._store.put(_SNAPSHOT, self._snapshot())
 
     def open(self, timeout_s: float) -> None:
         """Waits for the log to exist and reads it."""
@@ -53,7 +59,7 @@ class Log:
           StoreError: the store is away.
         """
         try:
-            self._store.wait([_key(self._next)], timeout_s)
+            self._store.wait([self._key(self._next)], timeout_s)
         except TimeoutError:
             with self._lock:
                 self._reload_if_lost()
@@ -61,7 +67,7 @@ class Log:
     def pull(self) -> None:
         """Brings `state` up to date."""
         with self._lock:
-            while (entry := self._store.get(_key(self._next))) is not None:
+            while (entry := self._store.get(self._key(self._next))) is not None:
                 self._take(json.loads(entry))
 
     def append(self, make: Callable[[State], dict[str, Any] | None]) -> State:
@@ -73,7 +79,7 @@ class Log:
         token = secrets.token_hex(8)
         with self._lock:
             while True:
-                while (entry := self._store.get(_key(self._next))) is not None:
+                while (entry := self._store.get(self._key(self._next))) is not None:
                     event = json.loads(entry)
                     self._take(event)
                     if event["token"] == token:  # written by an attempt whose outcome was unknown
@@ -83,11 +89,11 @@ class Log:
                     return self.state
                 event = {**made, "token": token}
                 try:
-                    if self._store.compare_and_swap(_key(self._next), None, json.dumps(event).encode()):
+                    if self._store.compare_and_swap(self._key(self._next), None, json.dumps(event).encode()):
                         self._take(event)
                         return self.state
                 except StoreError:
-                    if self._store.get(_key(self._next)) is None:
+                    if self._store.get(self._key(self._next)) is None:
                         raise
 
     def trim(self) -> None:
@@ -95,9 +101,9 @@ class Log:
         with self._lock:
             if self.state.change or self.state.recovery:
                 return
-            self._store.put(_SNAPSHOT, json.dumps([self._next, self.state.to_json()]).encode())
+            self._store.put(_SNAPSHOT, self._snapshot())
             for page in range(max(0, self._next // _PAGE - 5), self._next // _PAGE - 1):
-                self._store.delete(f"{PREFIX}log/{page:08d}/")
+                self._store.delete(f"{PREFIX}log/{self._job}/{page:08d}/")
 
     def _take(self, event: dict[str, Any]) -> None:
         self._state = self.state.apply(event)
@@ -106,19 +112,22 @@ class Log:
     def _load(self) -> None:
         value = self._store.get(_SNAPSHOT)
         if value is not None:
-            self._next, state = json.loads(value)
+            self._next, state, self._job = json.loads(value)
             self._state = State.from_json(state)
 
     def _reload_if_lost(self) -> None:
         """A store that was started again is empty: the ranks' newest state becomes its content."""
         value = self._store.get(_SNAPSHOT)
         if value is None:
-            calm = State.from_json(self.state.to_json())
-            self._state = calm  # a change that ran is lost with the old store
-            self._store.compare_and_swap(_SNAPSHOT, None, json.dumps([self._next, calm.to_json()]).encode())
-        elif json.loads(value)[0] > self._next:
+            self._state = State.from_json(self.state.to_json())  # a change that ran is lost with the old store
+            self._store.compare_and_swap(_SNAPSHOT, None, self._snapshot())
+            return
+        index, _, job = json.loads(value)
+        if (index > self._next) if job == self._job else self.newcomer:
             self._load()
 
+    def _snapshot(self) -> bytes:
+        return json.dumps([self._next, self.state.to_json(), self._job]).encode()
 
-def _key(index: int) -> str:
-    return f"{PREFIX}log/{index // _PAGE:08d}/{index:08d}"
+    def _key(self, index: int) -> str:
+        return f"{PREFIX}log/{self._job}/{index // _PAGE:08d}/{index:08d}"

@@ -166,6 +166,7 @@ class Elastic:
 
     def join(self) -> None:
         """As a newcomer: waits until a change names this rank and everything was received."""
+        self._log.newcomer = True
         self._log.open(self._join_timeout_s)
         state = self._log.state
         if len(state.table) != self._config.num_slots or max(state.table) >= self._num_experts:
@@ -550,6 +551,7 @@ class Elastic:
             self._staged, self._promise, self._problem = None, None, ""
             self._boundary, self._operations = 0, self._endpoint.num_operations
             self._applied, self._members = state.epoch, state.members
+            self._log.newcomer = False
             self._recovery_began = 0.0
         self._timeouts = {r: self._endpoint.health(r)["timeouts"] for r in state.members}
         switch = Switch(state.epoch, state.members, time.monotonic() - began, state.evicted, state.last)
@@ -745,7 +747,8 @@ class Elastic:
             blob = self._endpoint.open_nixl(str(_nixl.find_library()), name)
             agents = self._exchange(change, "agent", base64.b64encode(blob).decode(), far, deadline)
             for r in far:
-                self._endpoint.connect_nixl(r, base64.b64decode(agents[r]), int(address[r]["base"]))
+                where = int(address[r]["base"]), int(address[r]["nonce"])
+                self._endpoint.connect_nixl(r, base64.b64decode(agents[r]), *where)
         with self._cond:
             self._connected |= {r: int(address[r]["nonce"]) for r in new}
 

@@ -165,7 +165,7 @@ def _layout(spec: Spec) -> tuple[dict[str, int], int]:
 
 
 def _views(region: _ffi.Region, spec: Spec) -> dict[str, np.ndarray]:
-    memory = np.frombuffer(region, np.uint8)
+    memory = np.frombuffer(memoryview(region), np.uint8)
     offsets, _ = _layout(spec)
     sizes = {name: int(np.prod(shape)) * jnp.dtype(dtype).itemsize for name, (shape, dtype) in spec.items()}
     return {

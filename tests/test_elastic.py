@@ -196,7 +196,8 @@ def rank_refusals(job):
             said[name] = f"{type(error).__name__}: {error}"
 
     def drive():
-        time.sleep(0.3)
+        while not group.epoch:
+            time.sleep(0.1)
         refused("few", lambda: tables.plan_table([0], 1, np.full(16, -1), np.ones(4)))
         refused("range", lambda: group.prepare([0, 9]))
         change = group.prepare([0, 1, 3], deadline_s=2)  # nobody is rank 3

@@ -168,8 +168,7 @@ NixlAgent::Transfer::Transfer(NixlAgent& agent, const std::string& peer, std::sp
     if (status == kSuccess) status = api.xfer_dlist_add_desc(remote, piece.remote, piece.num_bytes, 0);
   }
   if (status == kSuccess) {
-    status = api.create_xfer_req(agent.agent_, int(direction), local, remote, peer.c_str(), &request_,
-                                 agent.options_);
+    status = api.create_xfer_req(agent.agent_, int(direction), local, remote, peer.c_str(), &request_, agent.options_);
   }
   api.destroy_xfer_dlist(local);
   if (remote) api.destroy_xfer_dlist(remote);
