@@ -3,6 +3,9 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <chrono>
+#include <tuple>
+
 #include "host/handlers.h"
 #include "host/ops.h"
 #include "host/registry.h"
@@ -47,6 +50,37 @@ std::shared_ptr<Endpoint> MakeEndpoint(int rank, int max_ranks, int experts_per_
   return std::make_shared<Endpoint>(EndpointOptions{rank, capacity, timeout_s, mask_late_peers});
 }
 
+// Registers a region with a NIXL agent of its own, for peers to read, and reads those of peers into it.
+class RegionAgent {
+ public:
+  RegionAgent(const std::string& library, const std::string& name, std::shared_ptr<SharedMemory> region)
+      : region_(std::move(region)), agent_(library, name) {
+    agent_.Register(region_->data(), region_->size());
+  }
+  std::string Metadata() const { return agent_.Metadata(); }
+  std::string Connect(const std::string& metadata) { return agent_.Connect(metadata); }
+  // Reads pieces (offset here, address there, bytes); throws NixlError if that fails or takes longer.
+  void Read(const std::string& peer, const std::vector<std::tuple<size_t, uint64_t, size_t>>& pieces,
+            double timeout_s) {
+    std::vector<NixlAgent::Piece> list;
+    for (auto [offset, remote, num_bytes] : pieces) {
+      if (offset > region_->size() || num_bytes > region_->size() - offset)
+        throw NixlError("nixl: read past the region");
+      list.push_back({region_->data() + offset, remote, num_bytes});
+    }
+    NixlAgent::Transfer transfer(agent_, peer, list, NixlAgent::Direction::kRead);
+    const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_s);
+    while (!transfer.Done()) {
+      if (std::chrono::steady_clock::now() > end) throw NixlError("nixl: a read took longer than its deadline");
+      usleep(50);
+    }
+  }
+
+ private:
+  std::shared_ptr<SharedMemory> region_;
+  NixlAgent agent_;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
@@ -66,6 +100,37 @@ PYBIND11_MODULE(_host, m) {
                     py::arg("redispatch") = Handler(JaxNixlepRedispatchCpu),
                     py::arg("combine") = Handler(JaxNixlepCombineCpu));
   });
+  py::class_<SharedMemory, std::shared_ptr<SharedMemory>>(m, "Region", py::buffer_protocol(),
+                                                          "Shared memory; a buffer of bytes. Freed with its last user.")
+      .def_static(
+          "create", [](size_t num_bytes) { return std::make_shared<SharedMemory>(SharedMemory::Create(num_bytes)); },
+          py::arg("num_bytes"), Unlocked())
+      .def_static(
+          "open",
+          [](int pid, int fd, size_t num_bytes) {
+            return std::make_shared<SharedMemory>(SharedMemory::Open(pid, fd, num_bytes));
+          },
+          py::arg("pid"), py::arg("fd"), py::arg("num_bytes"), Unlocked(), "OSError: another machine's, or gone.")
+      .def_property_readonly("fd", &SharedMemory::fd)
+      .def_property_readonly("address",
+                             [](const SharedMemory& region) { return reinterpret_cast<uintptr_t>(region.data()); })
+      .def_buffer([](SharedMemory& region) {
+        return py::buffer_info(reinterpret_cast<uint8_t*>(region.data()), py::ssize_t(region.size()));
+      });
+  py::class_<RegionAgent>(m, "RegionAgent", "One region, registered with NIXL for one-sided reads.")
+      .def(py::init<const std::string&, const std::string&, std::shared_ptr<SharedMemory>>(), py::arg("library"),
+           py::arg("name"), py::arg("region"), Unlocked())
+      .def("metadata", [](const RegionAgent& agent) { return py::bytes(agent.Metadata()); })
+      .def(
+          "connect",
+          [](RegionAgent& agent, const py::bytes& metadata) {
+            std::string blob = metadata;
+            py::gil_scoped_release unlocked;
+            return agent.Connect(blob);
+          },
+          py::arg("metadata"))
+      .def("read", &RegionAgent::Read, py::arg("peer"), py::arg("pieces"), py::arg("timeout_s"), Unlocked());
+
   py::register_exception<EpError>(m, "EpError", PyExc_RuntimeError);
   py::register_exception<NixlError>(m, "NixlError", PyExc_RuntimeError);
   py::class_<Endpoint, std::shared_ptr<Endpoint>>(m, "Endpoint", "A rank's end of a group; see ffi/runtime/endpoint.h.")
@@ -101,6 +166,9 @@ PYBIND11_MODULE(_host, m) {
             endpoint.Activate(uint16_t(epoch), members);
           },
           py::arg("epoch"), py::arg("members"))
+      .def("interrupt", &Endpoint::Interrupt, "Ends the running operation; refuses others until `activate`.")
+      .def("failure", &Endpoint::Failure, Unlocked(), "Why no operation can run until `activate`; '' if they can.")
+      .def("peer_alive", &Endpoint::PeerAlive, py::arg("peer"), "False once a peer in shared memory is known dead.")
       .def("close", &Endpoint::Close, Unlocked())
       .def("health", &Health, py::arg("rank"))
       .def_property_readonly("num_bytes", [](const Endpoint& endpoint) { return endpoint.memory()->size(); })

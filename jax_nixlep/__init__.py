@@ -5,6 +5,8 @@ from jax_nixlep._ffi import NixlError as NixlError
 from jax_nixlep.combine import combine as combine
 from jax_nixlep.config import EpConfig as EpConfig
 from jax_nixlep.dispatch import dispatch as dispatch
+from jax_nixlep.elastic import Change as Change
+from jax_nixlep.elastic import ElasticError as ElasticError
 from jax_nixlep.group import EpGroup as EpGroup
 from jax_nixlep.group import current_group as current_group
 from jax_nixlep.group import initialize as initialize

@@ -17,13 +17,24 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_nixlep import _host
-from jax_nixlep._host import Endpoint, EpError, NixlError
+from jax_nixlep._host import Endpoint, EpError, NixlError, Region, RegionAgent
 from jax_nixlep._vary import vary
 
 # Not built is one thing, and fine; built and broken is another, and its error is let through.
 _cuda = importlib.import_module("jax_nixlep._cuda") if importlib.util.find_spec("jax_nixlep._cuda") else None
 
-__all__ = ["Endpoint", "EpError", "NixlError", "cuda_built", "make_endpoint", "set_endpoint", "call", "attributes"]
+__all__ = [
+    "Endpoint",
+    "EpError",
+    "NixlError",
+    "Region",
+    "RegionAgent",
+    "attributes",
+    "call",
+    "cuda_built",
+    "make_endpoint",
+    "set_endpoint",
+]
 
 WIRE_VERSION: int = _host.WIRE_VERSION
 QUANT_BLOCK: int = _host.QUANT_BLOCK

@@ -8,7 +8,7 @@ import json
 import math
 import secrets
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -21,6 +21,8 @@ from jax_nixlep.store.tcp import StoreServer
 if TYPE_CHECKING:
     from jax_nixlep.launch import RankEnv
 from jax_nixlep.config import EpConfig
+from jax_nixlep.elastic import Change, Elastic, Restore
+from jax_nixlep.elastic import run as run_steps
 from jax_nixlep.placement import Placement, identity_placement
 from jax_nixlep.rendezvous import Rendezvous, Seat
 
@@ -59,14 +61,12 @@ class EpGroup:
 
     Attributes:
       config: the group's `EpConfig`.
-      members: ranks that take part.
-      epoch: number of the membership; grows when it changes.
     """
 
     def __init__(self, config: EpConfig, members: Sequence[int], seats: list[Seat]):
         self.config = config
-        self.members = tuple(sorted(members))
-        self.epoch = 1
+        self._members = tuple(sorted(members))
+        self._elastic: Elastic | None = None
         self._seats = seats
         self._server: StoreServer | None = None
         self._store: stores.Store | None = None
@@ -78,10 +78,141 @@ class EpGroup:
         return self._seats[0].rank
 
     @property
+    def members(self) -> tuple[int, ...]:
+        """Ranks that take part; of an elastic group before its first `step`, and of a rank that is out, none."""
+        return self._members if self._elastic is None else self._elastic.members
+
+    @property
+    def epoch(self) -> int:
+        """Number of the membership; grows when it changes. 0 before the first `step`, and for a rank that is out."""
+        return 1 if self._elastic is None else self._elastic.epoch
+
+    @property
     def placement(self) -> Placement:
-        """The logical experts in order over the members' slots. Pass it to `nixlep_moe` as a runtime argument."""
+        """Which slots serve which expert, at first in order over the members' slots.
+
+        Pass it to `nixlep_moe` as a runtime argument. Of an elastic group, `step` changes its content, not its shape.
+        """
+        if self._elastic is not None:
+            return self._elastic.placement
         per_rank = self.config.experts_per_rank
         return identity_placement(len(self.members) * per_rank, self.members, per_rank)
+
+    # --- Elastic groups: initialize(elastic=True) or initialize(join=True). Protocol: jax_nixlep/protocol.py. ---
+
+    @property
+    def elastic(self) -> Elastic:
+        """The machinery, with what is rarely needed: `history`, `on_prepare`, `on_commit`, `table`.
+
+        Raises:
+          RuntimeError: the group is not elastic.
+        """
+        if self._elastic is None:
+            raise RuntimeError(
+                "group: must be elastic; got a fixed one; pass elastic=True to initialize on every member"
+            )
+        return self._elastic
+
+    @property
+    def experts(self) -> dict[str, Any]:
+        """Weights of this rank's slots, nested dicts of [experts_per_rank, ...], as `load` got them; new in `step`."""
+        return self.elastic.experts
+
+    @property
+    def dense(self) -> dict[str, Any]:
+        """The other weights, equal on all ranks, as `load` got them."""
+        return self.elastic.dense
+
+    @property
+    def lost_experts(self) -> list[int]:
+        """Experts that no member serves, after a loss; their tokens get nothing from them."""
+        return self.elastic.lost_experts()
+
+    def load(self, experts: Mapping[str, Any], dense: Mapping[str, Any] | None = None) -> None:
+        """Hands over this rank's weights, which are copied to memory that other ranks can read. Each first member must
+        call, before its first step; a rank that joins gets its weights from the others instead.
+
+        Args:
+          experts: nested dicts of arrays [experts_per_rank, ...]: row i serves slot `rank * experts_per_rank + i`.
+          dense: nested dicts of arrays, equal on all ranks.
+
+        Raises:
+          ValueError, TypeError: not of this form.
+        """
+        self.elastic.load(experts, dense or {})
+
+    def observe(self, load: Any) -> None:
+        """Adds to the load that `prepare` balances: [L] tokens of this rank that chose each expert (`MoeAux.load`)."""
+        self.elastic.observe(load)
+
+    def prepare(self, members: Iterable[int] | None = None, *, deadline_s: float = 60.0, **plan: Any) -> Change:
+        """Begins a change of the members, or (None) of the placement only. Any one member calls, from any thread.
+
+        Returns at once; connecting, moving weights and warming up go on in the background of all, while they serve.
+        An equal call on another member joins this one.
+
+        Args:
+          members: all ranks after the change. New ones call `initialize(join=True)`, before or after this.
+          deadline_s: the change is aborted, and the old members go on, if it has not happened by then.
+          **plan: `table=`, or options of `placement.plan_table`.
+
+        Raises:
+          ElasticError: another change runs; names it.
+          ValueError: members out of range, or with too few slots for the experts.
+        """
+        return self.elastic.prepare(members, deadline_s=deadline_s, **plan)
+
+    def commit(self, change: Change) -> None:
+        """Waits until all are ready and has all members switch at the same step, in their `step`, or none.
+
+        Returns after the switch; in the thread that steps, when it is agreed, usually for a few steps later.
+
+        Raises:
+          ElasticError: the change did not happen; says why. The old members go on.
+        """
+        self.elastic.commit(change)
+
+    def abort(self, change: Change, reason: str = "aborted by its caller") -> None:
+        """Gives up a change that has not happened yet; the old members go on."""
+        self.elastic.abort(change, reason)
+
+    def resize(self, members: Iterable[int] | None = None, **options: Any) -> None:
+        """`prepare` and `commit`, in a thread beside the one that serves."""
+        self.commit(self.prepare(members, **options))
+
+    def step(self) -> bool:
+        """The boundary between two steps. Every member must call it before each step, with no operation running.
+
+        Here a rank switches to a new epoch, or waits for the others to. Costs microseconds when nothing changes.
+
+        Returns:
+          True: go on, with `placement`, `experts` and `dense` as they are now. False: this rank is out of the group.
+
+        Raises:
+          TimeoutError: a joining rank was not taken in.
+          StoreError: a member was lost and the store is away.
+        """
+        return self.elastic.step()
+
+    def ok(self) -> bool:
+        """Whether the operations since `step` had all members. Else their results are to be dropped and the step, after
+        the next call of `step`, is to be done again."""
+        return self.elastic.ok()
+
+    def run(self, program: Callable[..., Any], *args: Any) -> Any:
+        """`step`, then program(*args) to its end, again if a member was lost meanwhile. Every member must call.
+
+        The program takes what changes from the group: `run(lambda: decode(group.experts, group.placement, tokens))`. It
+        must not donate its arguments.
+
+        Raises:
+          ElasticError: this rank is out of the group, or no attempt succeeds.
+        """
+        return run_steps(self.elastic, program, *args)
+
+    def rejoin(self) -> None:
+        """Of a rank that is out (`step` gave False): waits like `initialize(join=True)` to be taken in again."""
+        self.elastic.join()
 
     def health(self, device: int = 0) -> Health:
         """State and counters of the rank on local device number `device` (as placed in the mesh). Cheap; any thread."""
@@ -105,16 +236,30 @@ class EpGroup:
         """Meets the other members at `url`; returns when all are connected and active."""
         server, self._store = stores.serve_or_connect(url, serve=serve, secret=secret, timeout_s=timeout_s)
         self._server = self._server or server
-        self._rendezvous = Rendezvous(self._store, self._seats, self.config, self.members, timeout_s)
+        if self._elastic is not None:
+            self._elastic.connect()
+        if self._elastic is not None and not self._members:
+            self._elastic.join()
+            return
+        self._rendezvous = Rendezvous(self._store, self._seats, self.config, self._members, timeout_s)
         self._rendezvous.connect()
-        self._activate()
+        if self._elastic is None:
+            self._activate()
+        else:
+            self._seats[0].endpoint.activate(0, [self.rank])  # alone, until the first `step`
+            if self.rank == self._members[0]:
+                self._elastic.create(self._members)
         self._rendezvous.barrier("active")
+        if self._elastic is not None:
+            self._elastic.open(self._rendezvous.nonces(self._seats[0]), timeout_s)
 
     def _activate(self) -> None:
         for seat in self._seats:
-            seat.endpoint.activate(self.epoch, list(self.members))
+            seat.endpoint.activate(1, list(self._members))
 
     def _close(self) -> None:
+        if self._elastic is not None:
+            self._elastic.close()
         for seat in self._seats:
             _ffi.set_endpoint(seat.device, None)
             seat.endpoint.close()
@@ -156,6 +301,11 @@ def initialize(
     timeout_s: float = 60.0,
     init_timeout_s: float = 120.0,
     on_timeout: Literal["raise", "mask"] = "raise",
+    elastic: bool = False,
+    join: bool = False,
+    num_experts: int | None = None,
+    restore: Restore | None = None,
+    move_bytes_per_s: float | None = None,
 ) -> EpGroup:
     """Joins this process to its expert-parallel group. Collective: every member must call, with an equal config.
 
@@ -178,6 +328,15 @@ def initialize(
       init_timeout_s: how long to wait here for all members.
       on_timeout: "raise": a late or dead peer ends the operation with an error on every rank. "mask": its tokens and
         experts are left out, and `Status.peers` and `health()` say so.
+      elastic: members may come, go and be lost: call `group.step()` between steps. Programs run by themselves, to
+        compile and warm up, until its first call, which waits for all. Each process is one rank. The store is needed
+        even for one member, and should outlive the ranks (`python -m jax_nixlep.store`, or the launcher's).
+      join: this process is no member yet. Returns when a member has named it in `group.prepare` and it holds what it
+        needs; its programs run by themselves, to compile and warm up, until its first `group.step()`, which takes part.
+      num_experts: logical experts of an elastic group; default: one for each slot of the first members.
+      restore: restore(expert_ids) gives the weights of experts that no rank holds any more, as `group.load` takes
+        experts, one row for each id; such as from a checkpoint.
+      move_bytes_per_s: how fast this rank copies weights from others while it serves; None = as fast as it goes.
 
     Returns:
       The group; also `current_group()`.
@@ -198,6 +357,9 @@ def initialize(
         for name, value in (("timeout_s", timeout_s), ("init_timeout_s", init_timeout_s)):
             if not value > 0:
                 raise ValueError(f"initialize: {name} must be positive; got {value}; give seconds")
+        elastic = elastic or join
+        if elastic and mesh is not None:
+            raise ValueError("initialize: elastic must be False with a mesh, whose ranks are fixed; got True; drop one")
         if mesh is not None:
             if rank is not None or members is not None:
                 raise ValueError("initialize: mesh= must come without rank= and members=; got both; drop one side")
@@ -205,7 +367,7 @@ def initialize(
             ranks: Sequence[int] = range(size)
             url, secret, server = _mesh_store(store, secret)
         else:
-            places, ranks, url, secret = _member_places(rank, members, store, secret)
+            places, ranks, url, secret = _member_places(rank, members, store, secret, elastic, join)
             server = None
         _check_ranks(config, ranks, [place[2] for place in places])
 
@@ -223,13 +385,30 @@ def initialize(
             )
 
         seats = [Seat(device, team, r, make_endpoint(device, r)) for device, team, r in places]
-        group = EpGroup(config, ranks, seats)
+        group = EpGroup(config, [] if join else ranks, seats)
         group._server = server
         try:
+            if elastic:
+                assert url is not None
+                if num_experts is None and join:
+                    raise ValueError("initialize: num_experts must be given to join; got None; pass the group's")
+                experts = len(ranks) * config.experts_per_rank if num_experts is None else num_experts
+                group._elastic = Elastic(
+                    url,
+                    seats[0].endpoint,
+                    config,
+                    seats[0].rank,
+                    experts,
+                    secret=secret,
+                    timeout_s=timeout_s,
+                    join_timeout_s=init_timeout_s,
+                    restore=restore,
+                    bytes_per_s=move_bytes_per_s,
+                )
             if url is None:
                 group._activate()
             else:
-                serve = mesh is None and seats[0].rank == group.members[0] and _launched() is None
+                serve = mesh is None and not join and seats[0].rank == group._members[0] and _launched() is None
                 group._open(url, serve, secret, init_timeout_s)
         except BaseException:
             group._close()
@@ -278,25 +457,37 @@ def _check_ranks(config: EpConfig, ranks: Sequence[int], own: Sequence[int]) -> 
 
 
 def _member_places(
-    rank: int | None, members: Iterable[int] | None, store: str | None, secret: str | None
+    rank: int | None,
+    members: Iterable[int] | None,
+    store: str | None,
+    secret: str | None,
+    elastic: bool,
+    join: bool,
 ) -> tuple[list[tuple[jax.Device, str, int]], list[int], str | None, str | None]:
     env = _launched()
     if env is not None:
         rank = env.rank if rank is None else rank
         members = range(env.num_ranks) if members is None else members
         store = env.store if store is None else store
+    if join and rank is not None:
+        members = [rank]
     if rank is None or members is None:
         raise ValueError(
             f"initialize: rank and members must be given; got rank={rank}, members={members}; "
             "pass them, or pass mesh=, or start with `python -m jax_nixlep.launch -n N script.py`"
         )
     ranks = [int(r) for r in members]
-    if store is None and len(ranks) > 1:
+    if store is None and (len(ranks) > 1 or elastic):
         raise ValueError(
             f"initialize: store must be given for {len(ranks)} members; got None; "
             'pass store="tcp://host:port", the same on every member'
         )
-    return [(jax.local_devices()[0], "", int(rank))], ranks, store if len(ranks) > 1 else None, secret
+    return (
+        [(jax.local_devices()[0], "", int(rank))],
+        ranks,
+        store if len(ranks) > 1 or elastic else None,
+        secret,
+    )
 
 
 def _mesh_places(mesh: jax.sharding.Mesh, axis: str | tuple[str, ...]) -> tuple[list[tuple[jax.Device, str, int]], int]:

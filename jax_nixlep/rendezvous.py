@@ -68,6 +68,10 @@ class Rendezvous:
         """Returns when every member has called it."""
         self._exchange(name, dict.fromkeys(self._seats, True))
 
+    def nonces(self, seat: Seat) -> dict[int, int]:
+        """Of the members' regions, by rank."""
+        return {rank: int(hello["address"]["nonce"]) for rank, hello in self._hellos[seat].items()}
+
     def close(self) -> None:
         """Removes what this process wrote, unless the meeting failed: then others still have to read why."""
         for seat in self._session:

@@ -18,11 +18,13 @@ from jax_nixlep.store.tcp import StoreServer
 
 
 class RankError(AssertionError):
-    """A rank raised; carries its traceback. `errors` maps each failing rank to "Type: message"."""
+    """A rank raised; carries its traceback. `errors` maps each failing rank to "Type: message", `results` the others to
+    what they returned."""
 
-    def __init__(self, errors: dict[int, str], tracebacks: dict[int, str]):
+    def __init__(self, errors: dict[int, str], tracebacks: dict[int, str], results: dict[int, Any] | None = None):
         super().__init__("\n".join(f"--- rank {rank} ---\n{text}" for rank, text in tracebacks.items()))
         self.errors = errors
+        self.results = results or {}
 
 
 class RankPool:
@@ -72,7 +74,7 @@ class RankPool:
         if any(text.startswith(("did not", "died")) for text in errors.values()):
             self.close()
         if errors:
-            raise RankError(errors, tracebacks)
+            raise RankError(errors, tracebacks, results)
         return [results[rank] for rank in ranks]
 
     def pid(self, rank: int) -> int:

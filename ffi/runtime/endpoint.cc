@@ -23,6 +23,8 @@ constexpr microseconds kSpin{5};
 constexpr microseconds kNapShared{100'000};
 // Writes through NIXL ring nothing: look for them this often.
 constexpr microseconds kNapNixl{50};
+// How long an operation that failed waits for its own writes.
+constexpr microseconds kDrain{200'000};
 constexpr int kMaxPiecesPerTransfer = 512;
 // How long to keep memory that a peer may still write to through NIXL, so that it can say goodbye too.
 constexpr std::chrono::milliseconds kLinger{200};
@@ -121,7 +123,23 @@ void Endpoint::Activate(uint16_t epoch, std::span<const int> members) {
   epoch_ = epoch;
   sequence_ = 0;
   failure_.clear();
+  interrupted_ = false;
   active_ = true;
+}
+
+void Endpoint::Interrupt() {
+  interrupted_ = true;
+  Ring(base());
+}
+
+std::string Endpoint::Failure() {
+  std::lock_guard lock(busy_);
+  return interrupted_ && failure_.empty() ? "the members changed" : failure_;
+}
+
+bool Endpoint::PeerAlive(int peer) const {
+  const std::shared_ptr<SharedMemory> memory = peers_.at(peer)->memory;
+  return !memory || memory->OwnerAlive();
 }
 
 void Endpoint::Ring(std::byte* region) const {
@@ -139,7 +157,7 @@ void Endpoint::SleepUntilRung(uint32_t seen, microseconds at_most) {
 }
 
 void Endpoint::NotifyPeers(Notice notice) {
-  const uint64_t word = nonce() + uint64_t(notice);
+  const uint64_t word = NoticeWord(nonce(), epoch_, uint64_t(notice));
   const size_t offset = layout_.notice(rank());
   Atomic(*reinterpret_cast<uint64_t*>(base() + offset)).store(word);
   for (int r = 0; r < capacity().max_ranks; ++r) {
@@ -164,7 +182,7 @@ void Endpoint::NotifyPeers(Notice notice) {
 
 std::optional<Notice> Endpoint::NoticeOf(int peer) const {
   auto& word = *reinterpret_cast<uint64_t*>(base() + layout_.notice(peer));
-  const uint64_t notice = Atomic(word).load() - peers_[peer]->nonce;
+  const uint64_t notice = Atomic(word).load() - NoticeWord(peers_[peer]->nonce, epoch_, 0);
   if (notice != uint64_t(Notice::kLeft) && notice != uint64_t(Notice::kFailed)) return std::nullopt;
   return Notice(notice);
 }
@@ -207,6 +225,7 @@ Operation::Operation(Endpoint& endpoint, OpTag tag, int num_tokens, bool broadca
   if (!endpoint_.failure_.empty()) {
     throw EpError(name + ": the group failed earlier: " + endpoint_.failure_ + "; shut down and initialize again");
   }
+  if (endpoint_.interrupted_) throw EpError(name + ": interrupted: the members of the group change");
   if (num_tokens > endpoint_.capacity().max_tokens) {
     throw EpError(name + ": tokens must be at most max_tokens_per_rank = " +
                   std::to_string(endpoint_.capacity().max_tokens) + "; got " + std::to_string(num_tokens));
@@ -228,6 +247,16 @@ Operation::Operation(Endpoint& endpoint, OpTag tag, int num_tokens, bool broadca
 
 Operation::~Operation() {
   if (finished_) return;
+  // A write that landed later could meet the data of the next epoch: let those to live peers end.
+  for (const auto end = Clock::now() + kDrain; !outgoing_.empty() && Clock::now() < end; usleep(kNapNixl.count())) {
+    std::erase_if(outgoing_, [&](Outgoing& out) {
+      try {
+        return out.transfer.Done();
+      } catch (const NixlError&) {
+        return true;
+      }
+    });
+  }
   outgoing_.clear();
   if (endpoint_.failure_.empty()) endpoint_.failure_ = Describe() + " did not complete";
   endpoint_.NotifyPeers(endpoint_.closing_ ? Notice::kLeft : Notice::kFailed);
@@ -367,6 +396,7 @@ PeerState Operation::Wait(int from) {
     for (;;) {
       const uint32_t rung = Atomic(endpoint_.control(endpoint_.base()).doorbell).load();
       if ((arrived = Arrived(from))) break;
+      if (endpoint_.interrupted_) throw EpError(Describe() + ": interrupted: the members of the group change");
       if (endpoint_.closing_) throw EpError(Describe() + ": shut down while waiting for rank " + std::to_string(from));
       Progress();
       const auto now = Clock::now();

@@ -81,6 +81,13 @@ class Endpoint {
   // Starts `epoch` with `members`; operations are numbered anew. Members must be connected, or be this rank.
   void Activate(uint16_t epoch, std::span<const int> members);
 
+  // Ends the operation that runs, and refuses others, until the next Activate. Any thread, any time.
+  void Interrupt();
+  // Why no operation can run until the next Activate; empty if they can. Waits for an operation that runs.
+  std::string Failure();
+  // False once a peer in shared memory is known to be dead. Not while peers are mapped or dropped.
+  bool PeerAlive(int peer) const;
+
   // Tells the peers that this rank leaves and ends a waiting operation. Idempotent.
   void Close();
 
@@ -121,7 +128,7 @@ class Endpoint {
   std::vector<std::unique_ptr<Peer>> peers_;
 
   std::mutex busy_;  // held by the operation that runs, and while membership changes
-  std::atomic<bool> closing_{false};
+  std::atomic<bool> closing_{false}, interrupted_{false};
   std::atomic<uint16_t> epoch_{0};
   std::atomic<uint64_t> num_operations_{0};
   uint64_t sequence_ = 0;  // operations of this epoch; under busy_

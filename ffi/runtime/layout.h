@@ -7,7 +7,7 @@
 namespace jax_nixlep {
 
 // Raised whenever the meaning of a byte in the region changes: members with different versions refuse each other.
-inline constexpr uint32_t kWireVersion = 1;
+inline constexpr uint32_t kWireVersion = 2;
 inline constexpr int kBanks = 2;  // a rank may be one operation ahead of its slowest peer, never two
 inline constexpr int kQuantBlock = 128;
 inline constexpr size_t kAlign = 64;
@@ -40,8 +40,12 @@ struct Signal {
   }
 };
 
-// Why a rank stopped taking part; written, added to the sender's nonce, into each peer's region.
+// Why a rank stopped taking part, and in which epoch: a notice says nothing about the sender in a later one. Written,
+// added to the sender's nonce, into each peer's region.
 enum class Notice : uint64_t { kLeft = 1, kFailed = 2 };
+constexpr uint64_t NoticeWord(uint64_t nonce, uint16_t epoch, uint64_t notice) {
+  return nonce + (uint64_t(epoch) << 8) + notice;
+}
 
 // A message from one rank to another: a table and one row per token of the token's owner.
 //   dispatch: first = expert ids int32 [T, K], second = weights float32 [T, K], rows = tokens

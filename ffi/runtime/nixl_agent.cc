@@ -12,7 +12,6 @@ namespace {
 // The part of NIXL's C ABI that is used here (values as of nixl 1.5). Handles are opaque pointers.
 enum Status : int { kSuccess = 0, kInProgress = 1 };
 enum MemoryType : int { kHostMemory = 0, kGpuMemory = 1 };
-enum Operation : int { kWrite = 1 };
 enum ThreadSync : int { kStrict = 1 };
 
 struct AgentConfig {
@@ -203,7 +202,8 @@ void* NixlAgent::RemoteView(std::span<const ViewRow> rows) {
 
 void NixlAgent::ReleaseView(void* view) { api_->release_mem_view(agent_, view); }
 
-NixlAgent::Transfer::Transfer(NixlAgent& agent, const std::string& peer, std::span<const Piece> pieces)
+NixlAgent::Transfer::Transfer(NixlAgent& agent, const std::string& peer, std::span<const Piece> pieces,
+                              Direction direction)
     : agent_(&agent) {
   Api& api = *agent.api_;
   void *local = nullptr, *remote = nullptr;
@@ -216,20 +216,20 @@ NixlAgent::Transfer::Transfer(NixlAgent& agent, const std::string& peer, std::sp
     if (status == kSuccess) status = api.xfer_dlist_add_desc(remote, piece.remote, piece.num_bytes, 0);
   }
   if (status == kSuccess) {
-    status = api.create_xfer_req(agent.agent_, kWrite, local, remote, peer.c_str(), &request_, agent.options_);
+    status = api.create_xfer_req(agent.agent_, int(direction), local, remote, peer.c_str(), &request_, agent.options_);
   }
   api.destroy_xfer_dlist(local);
   if (remote) api.destroy_xfer_dlist(remote);
-  Check(status, "preparing a write");
+  Check(status, "preparing a transfer");
   status = api.post_xfer_req(agent.agent_, request_, nullptr);
-  Check(status == kInProgress ? kSuccess : status, "posting a write");
+  Check(status == kInProgress ? kSuccess : status, "posting a transfer");
 }
 
 bool NixlAgent::Transfer::Done() {
   if (!request_) return true;
   int status = agent_->api_->get_xfer_status(agent_->agent_, request_);
   if (status == kInProgress) return false;
-  Check(status, "a write");
+  Check(status, "a transfer");
   return true;
 }
 

@@ -20,18 +20,20 @@ class NixlAgent {
  public:
   static constexpr int kHost = -1;
 
-  // A piece to write: the same length at `local` here and at `remote` in the peer's memory.
+  enum class Direction { kRead = 0, kWrite = 1 };  // values of NIXL's C ABI
+  // A piece to move: the same length at `local` here and at `remote` in the peer's memory.
   struct Piece {
     const std::byte* local;
     uint64_t remote;
     size_t num_bytes;
   };
 
-  // A posted write. Must be done, or abandoned with its agent, before the memory it reads is reused.
+  // A posted write or read. Must be done, or abandoned with its agent, before the local memory is reused.
   class Transfer {
    public:
-    Transfer() = default;  // nothing to write: done
-    Transfer(NixlAgent& agent, const std::string& peer, std::span<const Piece> pieces);
+    Transfer() = default;  // nothing to move: done
+    Transfer(NixlAgent& agent, const std::string& peer, std::span<const Piece> pieces,
+             Direction direction = Direction::kWrite);
     Transfer(Transfer&& other) noexcept { *this = std::move(other); }
     Transfer& operator=(Transfer&& other) noexcept {
       std::swap(agent_, other.agent_);
@@ -39,7 +41,7 @@ class NixlAgent {
       return *this;
     }
     ~Transfer();
-    // True once the bytes are in the peer's memory. Throws NixlError if the transfer failed.
+    // True once the bytes are where they belong. Throws NixlError if the transfer failed.
     bool Done();
 
    private:
