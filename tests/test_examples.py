@@ -39,7 +39,9 @@ def test_training_matches_the_dense_run(trained):
     assert figures["loss_last"] < figures["loss_first"]
     assert figures["dense_max_abs_diff"] < 1e-4
     assert 2.5 < figures["unigram_entropy"] < 4
-    assert "tokens/s" in done.stderr and "[1]" not in done.stdout, "only rank 0 reports"
+    assert "tokens/s" in done.stderr
+    others = [line for line in done.stdout.splitlines() if line.startswith("[1]") and "[Gloo]" not in line]
+    assert not others, "only rank 0 reports"
 
 
 def test_training_writes_a_checkpoint_and_a_plot(trained):
