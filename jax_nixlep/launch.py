@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import math
@@ -25,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TextIO
 
 from jax_nixlep.store import SECRET_VARIABLE
@@ -37,7 +36,16 @@ _POLL_S = 0.1  # how late a signal or the time limit may be noticed
 _LINE_END = re.compile(rb"\r?\n|\r(?=.)", re.DOTALL)  # a final \r may be half of \r\n
 _MAX_LINE_BYTES = 1 << 16  # a longer line is broken
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Runs in the new process and becomes the command; the kernel kills it when the thread that started it ends, however
+# that comes about. Not a preexec_fn: that would fork, in what may be a process of many threads.
 _PR_SET_PDEATHSIG = 1
+_DIE_WITH_PARENT = f"""
+import ctypes, os, sys
+failed = ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)}, 0, 0, 0)
+if failed or os.getppid() != int(sys.argv[1]):
+    os._exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 _COLOURS = (36, 33, 35, 32, 34, 31)
 
 
@@ -221,13 +229,12 @@ class _Job:
 
     def _start(self, rank: int) -> None:
         process = self._live[rank] = subprocess.Popen(
-            self._command,
+            [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *self._command],
             env={**self._env, "JAX_NIXLEP_RANK": str(rank)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             process_group=0,  # a terminal's Ctrl-C is for the launcher; it stops a rank's children with the rank
-            preexec_fn=_die_with_parent(),
         )
         self._outputs[rank] = []
         for pipe, stream in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)):
@@ -306,17 +313,6 @@ def _names(ranks: Iterable[int]) -> str:
 def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """A function for the new process: it is killed when this thread ends, however that comes about."""
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def in_child() -> None:
-        if prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0 or os.getppid() != parent:
-            os._exit(1)
-
-    return in_child
 
 
 def main() -> int:

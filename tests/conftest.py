@@ -1,5 +1,12 @@
 """Fixtures shared by the suite: pools of rank processes."""
 
+import os
+
+# Before jax is imported: the test process has eight devices, which is how meshes are tested in one process.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["NPROC"] = "32"  # an exchange blocks a thread of each of them
+
 import pytest
 from ranks import RankPool
 

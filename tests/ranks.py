@@ -17,6 +17,12 @@ from typing import Any
 from jax_nixlep.store.tcp import StoreServer
 
 
+def child_env(**changes: str) -> dict[str, str]:
+    """The environment of a program started by a test: the user's, without what is meant for the test process."""
+    ours = ("XLA_FLAGS", "NPROC", "JAX_NIXLEP_P2P")
+    return {name: value for name, value in os.environ.items() if name not in ours} | {"JAX_PLATFORMS": "cpu"} | changes
+
+
 class RankError(AssertionError):
     """A rank raised; carries its traceback. `errors` maps each failing rank to "Type: message", `results` the others to
     what they returned."""
@@ -109,6 +115,7 @@ class Job:
 
 
 def _serve(pipe, rank: int, num_ranks: int, store: str, env: dict[str, str], path: list[str]) -> None:
+    os.environ.pop("NPROC", None)
     os.environ.update({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"} | env)
     if num_gpus := int(env.get("JAX_NIXLEP_TEST_GPUS", 0)):
         os.environ["JAX_CUDA_VISIBLE_DEVICES"] = str(rank % num_gpus)

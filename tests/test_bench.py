@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from ranks import child_env
 
 from jax_nixlep import bench
 
@@ -21,7 +22,7 @@ def test_bench(tmp_path: pathlib.Path) -> None:
     sizes = [word for name, size in SIZES.items() for word in (f"--{name.replace('_', '-')}", str(size))]
     out, png = tmp_path / "bench.json", tmp_path / "bench.png"
     command = [sys.executable, "-m", "jax_nixlep.bench", *sizes, "--json", str(out), "--plot", str(png)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run(command, env=child_env(), capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
 

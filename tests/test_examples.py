@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ranks import child_env
 from safetensors import safe_open
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -16,9 +16,8 @@ FIGURES = {"loss_first", "loss_last", "unigram_entropy", "tokens_per_s", "ranks"
 
 
 def run_example(script, *options, timeout_s=150, **env):
-    kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC") and not k.startswith("JAX_NIXLEP")}
     command = [sys.executable, str(EXAMPLES / script), *map(str, options)]
-    return subprocess.run(command, env=kept | env, capture_output=True, text=True, timeout=timeout_s)
+    return subprocess.run(command, env=child_env(**env), capture_output=True, text=True, timeout=timeout_s)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,5 @@
 """`grouped_mlp` against one dense MLP per expert, through the blocks of the CPU and through ragged_dot."""
 
-import os
-
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
 import functools
 
 import jax

@@ -1,7 +1,6 @@
 """The layer: independent processes, meshes of one process, and a jax.distributed mesh over four."""
 
 import functools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ranks import run_fake_devices
+from ranks import child_env, run_fake_devices
 
 import jax_nixlep as nx
 from jax_nixlep.placement import Placement, identity_placement, to_slots
@@ -234,8 +233,7 @@ def test_distributed_mesh():
     """Four processes of one jax.distributed job, ep beside dp: one group for each dp coordinate."""
     program = str(Path(__file__).parent / "distributed.py")
     command = [sys.executable, "-m", "jax_nixlep.launch", "-n", "4", "--timeout", "240", program]
-    env = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=270, check=False)
+    done = subprocess.run(command, env=child_env(), capture_output=True, text=True, timeout=270, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("groups of 2 over shared memory: right") == 4
 

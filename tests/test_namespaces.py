@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import child_env
 
 HOSTS = {"nixlep-a": "10.213.77.1", "nixlep-b": "10.213.77.2"}
 
@@ -38,7 +39,7 @@ def hosts():
 
 def test_two_hosts(hosts):
     # They share /proc, so the shared-memory path has to be switched off; between real hosts it finds nothing to map.
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NIXLEP_P2P": "0", "JAX_NIXLEP_SECRET": secrets.token_hex(8)}
+    env = child_env(JAX_NIXLEP_P2P="0", JAX_NIXLEP_SECRET=secrets.token_hex(8))
     program, store = str(Path(__file__).parent / "namespaces.py"), f"tcp://{HOSTS['nixlep-a']}:7411"
     ranks = [
         subprocess.Popen(

@@ -1,10 +1,6 @@
 """The plain JAX ops against numpy loops (`oracle`), closed forms, and a dense layer."""
 
 import functools
-import os
-
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp

@@ -66,9 +66,9 @@ class Hyperparameters:
       rank: whose slots those are; None = this process's rank in the current group.
     """
 
-    config: EpConfig
-    router: Router
-    mlp_dim: int
+    config: EpConfig = dataclasses.field(kw_only=False)
+    router: Router = dataclasses.field(kw_only=False)
+    mlp_dim: int = dataclasses.field(kw_only=False)
     shared_mlp_dim: int = 0
     activation: str | Callable[..., jax.Array] = "silu"
     gated: bool = True
