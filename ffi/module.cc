@@ -167,7 +167,8 @@ PYBIND11_MODULE(_host, m) {
           },
           py::arg("epoch"), py::arg("members"))
       .def("interrupt", &Endpoint::Interrupt, "Ends the running operation; refuses others until `activate`.")
-      .def("failure", &Endpoint::Failure, Unlocked(), "Why no operation can run until `activate`; '' if they can.")
+      .def("drain", &Endpoint::Drain, Unlocked(), "Returns when no operation runs.")
+      .def("failure", &Endpoint::Failure, "Why no operation can run until `activate`; '' if they can.")
       .def("peer_alive", &Endpoint::PeerAlive, py::arg("peer"), "False once a peer in shared memory is known dead.")
       .def("close", &Endpoint::Close, Unlocked())
       .def("health", &Health, py::arg("rank"))

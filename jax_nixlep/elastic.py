@@ -424,6 +424,7 @@ class Elastic:
 
     def _look_back(self) -> None:
         """Judges what ran since the last boundary."""
+        self._endpoint.drain()
         problem = self._endpoint.failure()
         if not problem and any(self._endpoint.health(r)["masked"] for r in self._members):
             problem = "a member was late"

@@ -228,7 +228,7 @@ class EpGroup:
             dropped_rows=endpoint.dropped_rows,
             invalid_ids=endpoint.invalid_ids,
             symmetric_bytes=endpoint.num_bytes,
-            failure=getattr(endpoint, "failure", ""),  # operations on a CPU raise at once
+            failure=endpoint.failure(),
             peers=peers,
         )
 

@@ -1,7 +1,5 @@
 """The Flax modules: the parameters of `nixlep_moe`, its results, and where the parameters live."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +51,7 @@ def tokens(seed=0, shape=(4, 6, 8), dtype=jnp.float32):
 
 
 def make_nnx(config, options, **where):
-    return ep_nnx.NixlEpMoE(config=config, rngs=nnx.Rngs(7), **options, **where)
+    return nnx.jit(lambda: ep_nnx.NixlEpMoE(config=config, rngs=nnx.Rngs(7), **options, **where))()
 
 
 def init_linen(module, seed=7):
@@ -93,7 +91,7 @@ def test_the_modules_are_nixlep_moe(options, dtype):
     assert_same(got, functional(nnx_params(layer), x, mask))
     assert got[0].dtype == dtype and not np.asarray(got[0])[~np.asarray(mask)].any()
 
-    module = ep_linen.NixlEpMoE(config=config, backend="xla", **options)
+    module = ep_linen.NixlEpMoE(config, backend="xla", **options)
     variables = init_linen(module)
     got = jax.jit(module.apply)(variables, x, mask, placement)
     assert_same(got, functional(linen_params(variables), x, mask))
@@ -120,24 +118,23 @@ def test_parameters_have_logical_axes(gated):
 
 def test_initial_experts_do_not_depend_on_the_number_of_ranks():
     config = make_config(1)
-    whole = nnx_params(make_nnx(config, PLAIN, backend="xla"))
+    whole = nnx_params(ep_nnx.NixlEpMoE(config, ROUTER, 12, backend="xla", rngs=nnx.Rngs(7)))  # not under jit
     linen_whole = linen_params(init_linen(ep_linen.NixlEpMoE(config=config, backend="xla", **PLAIN)))
     assert not np.array_equal(whole["wi_0"][0], whole["wi_0"][1])
     for ranks in (2, 4):
         config, mesh = make_config(ranks), make_mesh(ranks)
-        assert_same(nnx_params(nnx.jit(functools.partial(make_nnx, config, PLAIN, mesh=mesh))()), whole)
+        assert_same(nnx_params(make_nnx(config, PLAIN, mesh=mesh)), whole)
         module = ep_linen.NixlEpMoE(config=config, mesh=mesh, backend="xla", **PLAIN)
         assert_same(linen_params(init_linen(module)), linen_whole)
         for rank in (0, ranks - 1):
             mine = slice(rank * config.experts_per_rank, (rank + 1) * config.experts_per_rank)
             expected = {k: v[mine] if AXES[k][0] == "exp" else v for k, v in whole.items()}
-            assert_same(nnx_params(nnx.jit(functools.partial(make_nnx, config, PLAIN, rank=rank))()), expected)
+            assert_same(nnx_params(make_nnx(config, PLAIN, rank=rank)), expected)
 
 
 def test_nnx_parameters_are_made_where_they_live():
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("ep", "tp"))
-    make = nnx.jit(lambda: make_nnx(make_config(4), ALL, mesh=mesh, tensor_axis="tp", backend="xla"))
-    layer = make()
+    layer = make_nnx(make_config(4), ALL, mesh=mesh, tensor_axis="tp", backend="xla")
     specs = {name: getattr(layer, name)[...].sharding.spec for name in layer.param_names}
     assert specs["wi_0"] == P("ep", None, "tp") and specs["wo"] == P("ep", "tp") and specs["bi_1"] == P("ep", "tp")
     assert specs["shared_wo"] == P("tp") and specs["gate"] == P() and specs["bo"] == P("ep")
@@ -145,7 +142,7 @@ def test_nnx_parameters_are_made_where_they_live():
     assert abstract["wi_1"].get_value() == P("ep", None, "tp")
 
     with nnx.logical_axis_rules((("embed", "tp"), ("mlp", None))):
-        layer = nnx.jit(lambda: make_nnx(make_config(4), PLAIN, mesh=mesh, backend="xla"))()
+        layer = make_nnx(make_config(4), PLAIN, mesh=mesh, backend="xla")
     assert layer.wi_0[...].sharding.spec == P("ep", "tp")
 
 
@@ -258,7 +255,7 @@ def test_native_needs_a_group():
 def rank_layers(job):
     job.initialize(make_config(job.num_ranks))
     x = tokens(seed=job.rank)
-    layer = nnx.jit(functools.partial(make_nnx, make_config(job.num_ranks), ALL))()
+    layer = make_nnx(make_config(job.num_ranks), ALL)
     module = ep_linen.NixlEpMoE(config=make_config(job.num_ranks), **ALL)
     variables = init_linen(module)
     y, aux = nnx.jit(lambda layer, x: layer(x))(layer, x)
@@ -268,7 +265,7 @@ def rank_layers(job):
 
 def test_independent_processes_hold_one_model(pools):
     got = pools(2).run(rank_layers)
-    layer = nnx.jit(functools.partial(make_nnx, make_config(1), ALL, backend="xla"))()
+    layer = make_nnx(make_config(1), ALL, backend="xla")
     module = ep_linen.NixlEpMoE(config=make_config(1), backend="xla", **ALL)
     variables, whole, apply = init_linen(module), nnx.jit(lambda layer, x: layer(x)[0]), jax.jit(module.apply)
     for rank, (y, z) in enumerate(got):

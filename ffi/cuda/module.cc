@@ -131,8 +131,7 @@ PYBIND11_MODULE(_cuda, m) {
           py::arg("epoch"), py::arg("members"))
       .def("close", &CudaEndpoint::Close, Unlocked())
       .def("health", &Health, py::arg("rank"))
-      .def_property_readonly("failure", &CudaEndpoint::Failure,
-                             "Why no operation can run any more; '' while all is well.")
+      .def("failure", &CudaEndpoint::Failure, "Why no operation can run any more; '' while all is well.")
       .def_property_readonly("num_bytes", [](const CudaEndpoint& e) { return e.num_bytes() + sizeof(cuda::Control); })
       .def_property_readonly("epoch", &CudaEndpoint::epoch)
       .def_property_readonly("num_operations", &CudaEndpoint::num_operations)

@@ -122,7 +122,10 @@ void Endpoint::Activate(uint16_t epoch, std::span<const int> members) {
   }
   epoch_ = epoch;
   sequence_ = 0;
-  failure_.clear();
+  {
+    std::lock_guard failure_lock(failure_lock_);
+    failure_.clear();
+  }
   interrupted_ = false;
   active_ = true;
 }
@@ -132,8 +135,8 @@ void Endpoint::Interrupt() {
   Ring(base());
 }
 
-std::string Endpoint::Failure() {
-  std::lock_guard lock(busy_);
+std::string Endpoint::Failure() const {
+  std::lock_guard lock(failure_lock_);
   return interrupted_ && failure_.empty() ? "the members changed" : failure_;
 }
 
@@ -191,7 +194,7 @@ void Endpoint::Close() {
   if (closing_.exchange(true)) return;
   Ring(base());
   std::lock_guard lock(busy_);  // an operation that waits gives up now
-  if (failure_.empty()) NotifyPeers(Notice::kLeft);
+  if (Failure().empty()) NotifyPeers(Notice::kLeft);
   const auto may_write = [&](int r) { return peers_[r]->member && !peers_[r]->agent.empty() && !NoticeOf(r); };
   for (const auto end = Clock::now() + kLinger; Clock::now() < end; usleep(kNapNixl.count())) {
     bool any = false;
@@ -222,10 +225,10 @@ Operation::Operation(Endpoint& endpoint, OpTag tag, int num_tokens, bool broadca
   const std::string name = OpTag::Name(tag_);
   if (endpoint_.closing_ || !endpoint_.active_)
     throw EpError(name + ": the group was shut down; call initialize first");
-  if (!endpoint_.failure_.empty()) {
-    throw EpError(name + ": the group failed earlier: " + endpoint_.failure_ + "; shut down and initialize again");
-  }
   if (endpoint_.interrupted_) throw EpError(name + ": interrupted: the members of the group change");
+  if (const std::string failure = endpoint_.Failure(); !failure.empty()) {
+    throw EpError(name + ": the group failed earlier: " + failure + "; shut down and initialize again");
+  }
   if (num_tokens > endpoint_.capacity().max_tokens) {
     throw EpError(name + ": tokens must be at most max_tokens_per_rank = " +
                   std::to_string(endpoint_.capacity().max_tokens) + "; got " + std::to_string(num_tokens));
@@ -258,7 +261,10 @@ Operation::~Operation() {
     });
   }
   outgoing_.clear();
-  if (endpoint_.failure_.empty()) endpoint_.failure_ = Describe() + " did not complete";
+  {
+    std::lock_guard lock(endpoint_.failure_lock_);
+    if (endpoint_.failure_.empty()) endpoint_.failure_ = Describe() + " did not complete";
+  }
   endpoint_.NotifyPeers(endpoint_.closing_ ? Notice::kLeft : Notice::kFailed);
 }
 

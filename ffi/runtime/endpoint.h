@@ -83,8 +83,8 @@ class Endpoint {
 
   // Ends the operation that runs, and refuses others, until the next Activate. Any thread, any time.
   void Interrupt();
-  // Why no operation can run until the next Activate; empty if they can. Waits for an operation that runs.
-  std::string Failure();
+  // Returns when no operation runs.
+  void Drain() { std::lock_guard lock(busy_); }
   // False once a peer in shared memory is known to be dead. Not while peers are mapped or dropped.
   bool PeerAlive(int peer) const;
 
@@ -92,6 +92,8 @@ class Endpoint {
   void Close();
 
   // --- Reading; any thread, any time. ---
+  // Why no operation can run until the next Activate; empty if they can.
+  std::string Failure() const;
   PeerHealth Health(int peer) const;
   uint64_t num_operations() const { return num_operations_.load(); }
   uint16_t epoch() const { return epoch_.load(); }
@@ -133,7 +135,8 @@ class Endpoint {
   std::atomic<uint64_t> num_operations_{0};
   uint64_t sequence_ = 0;  // operations of this epoch; under busy_
   bool active_ = false;    // under busy_
-  std::string failure_;    // why no further operation can run; under busy_
+  mutable std::mutex failure_lock_;
+  std::string failure_;  // why no further operation can run; under failure_lock_
 };
 
 // One dispatch or combine of this rank, from its first write to its last read. Every member runs the same operations
