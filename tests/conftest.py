@@ -6,9 +6,10 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["NPROC"] = "32"  # an exchange blocks a thread of each of them
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # tests compile much and compute little: less than half the time
 
 import pytest
-from ranks import RankPool
+from ranks import RankPool, without_job
 
 
 @pytest.fixture(scope="session")
@@ -24,4 +25,19 @@ def pools():
 
     yield pool
     for p in made.values():
+        p.close()
+
+
+@pytest.fixture(scope="session")
+def on_fake_devices():
+    """call(function, *args): function(*args) in a process, kept for the session, that has eight CPU devices."""
+    made = []
+
+    def call(function, *args, **kwargs):
+        if not made or not made[-1].alive():
+            made.append(RankPool(1, {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "32"}))
+        made[-1].run(without_job, function.__module__, function.__name__, args, kwargs, timeout_s=240)
+
+    yield call
+    for p in made:
         p.close()

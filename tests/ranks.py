@@ -135,14 +135,6 @@ def _serve(pipe, rank: int, num_ranks: int, store: str, env: dict[str, str], pat
         pipe.send(answer)
 
 
-def run_fake_devices(function: Callable, *args: Any, timeout_s: float = 240, **kwargs: Any) -> None:
-    """function(*args) in a process of its own that has 8 CPU devices; its exception fails the caller."""
-    pool = RankPool(1, {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "32"})
-    try:
-        pool.run(_without_job, function.__module__, function.__name__, args, kwargs, timeout_s=timeout_s)
-    finally:
-        pool.close()
-
-
-def _without_job(_job: Job, module: str, name: str, args: tuple, kwargs: dict) -> None:
+def without_job(_job: Job, module: str, name: str, args: tuple, kwargs: dict) -> None:
+    """For functions that make their own group, of a mesh."""
     getattr(importlib.import_module(module), name)(*args, **kwargs)

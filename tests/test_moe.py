@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ranks import child_env, run_fake_devices
+from ranks import child_env
 
 import jax_nixlep as nx
 from jax_nixlep.placement import Placement, identity_placement, to_slots
@@ -159,8 +159,8 @@ def mesh_job(shape, names, **options):
     ],
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else None,
 )
-def test_mesh_of_one_process(shape, names, options):
-    run_fake_devices(mesh_job, shape, names, **options)
+def test_mesh_of_one_process(on_fake_devices, shape, names, options):
+    on_fake_devices(mesh_job, shape, names, **options)
 
 
 def own_shard_map_job():
@@ -191,8 +191,8 @@ def loss_of(x, params):
     return route(ROUTER, 2 * x.reshape(-1, HIDDEN) @ params["gate"]).aux_loss
 
 
-def test_own_shard_map():
-    run_fake_devices(own_shard_map_job)
+def test_own_shard_map(on_fake_devices):
+    on_fake_devices(own_shard_map_job)
 
 
 def scan_and_order_job():
@@ -225,8 +225,8 @@ def scan_and_order_job():
             jax.block_until_ready(both(x))
 
 
-def test_scan_and_order():
-    run_fake_devices(scan_and_order_job)
+def test_scan_and_order(on_fake_devices):
+    on_fake_devices(scan_and_order_job)
 
 
 def test_distributed_mesh():

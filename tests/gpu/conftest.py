@@ -22,6 +22,7 @@ _FLAGS = {
 def gpu_env(transport="pointer", buffers="graphs"):
     return {
         "JAX_PLATFORMS": "cuda",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "CUDA_MODULE_LOADING": "EAGER",  # a lazily loaded kernel would wait behind a peer's spinning one
         "JAX_NIXLEP_P2P": "0" if transport == "put" else "1",
