@@ -9,6 +9,7 @@ import math
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -98,7 +99,7 @@ class EpGroup:
         per_rank = self.config.experts_per_rank
         return identity_placement(len(self.members) * per_rank, self.members, per_rank)
 
-    # --- Elastic groups: initialize(elastic=True) or initialize(join=True). Protocol: jax_nixlep/protocol.py. ---
+    # --- Elastic groups: initialize(elastic=True) or initialize(join=True). Protocol: jax_nixlep/elastic. ---
 
     @property
     def elastic(self) -> Elastic:
@@ -232,12 +233,19 @@ class EpGroup:
             peers=peers,
         )
 
-    def _open(self, url: str, serve: bool, secret: str | None, timeout_s: float) -> None:
+    def _open(
+        self,
+        url: str,
+        serve: bool,
+        secret: str | None,
+        timeout_s: float,
+        make_elastic: Callable[[], Elastic] | None,
+    ) -> None:
         """Meets the other members at `url`; returns when all are connected and active."""
         server, self._store = stores.serve_or_connect(url, serve=serve, secret=secret, timeout_s=timeout_s)
         self._server = self._server or server
-        if self._elastic is not None:
-            self._elastic.connect()
+        if make_elastic is not None:
+            self._elastic = make_elastic()
         if self._elastic is not None and not self._members:
             self._elastic.join()
             return
@@ -387,13 +395,15 @@ def initialize(
         seats = [Seat(device, team, r, make_endpoint(device, r)) for device, team, r in places]
         group = EpGroup(config, [] if join else ranks, seats)
         group._server = server
+        make_elastic: Callable[[], Elastic] | None = None
         try:
             if elastic:
                 assert url is not None
                 if num_experts is None and join:
                     raise ValueError("initialize: num_experts must be given to join; got None; pass the group's")
                 experts = len(ranks) * config.experts_per_rank if num_experts is None else num_experts
-                group._elastic = Elastic(
+                make_elastic = partial(
+                    Elastic,
                     url,
                     seats[0].endpoint,
                     config,
@@ -409,7 +419,7 @@ def initialize(
                 group._activate()
             else:
                 serve = mesh is None and not join and seats[0].rank == group._members[0] and _launched() is None
-                group._open(url, serve, secret, init_timeout_s)
+                group._open(url, serve, secret, init_timeout_s, make_elastic)
         except BaseException:
             group._close()
             raise
