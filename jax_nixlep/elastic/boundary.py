@@ -199,6 +199,7 @@ class Boundary:
     def _apply(self, state: State, began: float) -> None:
         """Starts an epoch on this rank. No operation runs."""
         shared = self._shared
+        joined = not shared.applied
         with shared.cond:
             self._links.keep(state.members)
             self._endpoint.activate(state.epoch, list(state.members))
@@ -220,7 +221,8 @@ class Boundary:
             self._log.newcomer = False
             shared.cond.notify_all()
         self._timeouts = {r: self._endpoint.health(r)["timeouts"] for r in state.members}
-        switch = Switch(state.epoch, state.members, time.monotonic() - began, state.evicted, state.last)
+        blocked_s = 0.0 if joined else time.monotonic() - began
+        switch = Switch(state.epoch, state.members, blocked_s, state.evicted, state.last)
         self.history.append(switch)
         del self.history[:-_HISTORY]
         for callback in self.on_commit:

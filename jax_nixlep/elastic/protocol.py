@@ -34,6 +34,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 Event = Mapping[str, Any]  # JSON: "kind", and the fields that `apply` names
+_KEPT = ("epoch", "members", "table", "per_rank", "last", "evicted", "forgone")  # by a snapshot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +102,15 @@ class State:
     def to_json(self) -> dict[str, Any]:
         """What a snapshot of the log needs: at the start, or when nothing runs."""
         deadline_s = self.change.deadline_s if self.change else 0.0
-        return {name: getattr(self, name) for name in ("epoch", "members", "table", "per_rank", "last", "forgone")} | {
-            "deadline_s": deadline_s
-        }
+        return {name: getattr(self, name) for name in _KEPT} | {"deadline_s": deadline_s}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> State:
         epoch, members, table = int(value["epoch"]), tuple(value["members"]), tuple(value["table"])
         if not epoch:
             return first_state(members, table, value["per_rank"], value["deadline_s"])
-        return State(epoch, members, table, value["per_rank"], last=value["last"], forgone=value["forgone"])
+        evicted, forgone = tuple(value["evicted"]), value["forgone"]
+        return State(epoch, members, table, value["per_rank"], last=value["last"], evicted=evicted, forgone=forgone)
 
 
 def first_state(members: Iterable[int], table: tuple[int, ...], per_rank: int, deadline_s: float) -> State:

@@ -206,6 +206,12 @@ class Elastic:
         return self._current.dense_arrays or {}
 
     @property
+    def phase(self) -> str:
+        """What goes on in the group: "prepare", "commit" or "switch" of a change, "recovery", or ""."""
+        state = self._log.state
+        return "recovery" if state.recovery else state.change.phase if state.change else ""
+
+    @property
     def table(self) -> np.ndarray:
         return np.array(self._log.state.table, np.int32)
 

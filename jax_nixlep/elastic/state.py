@@ -41,7 +41,8 @@ class Switch:
     """One change of epoch, as this rank saw it.
 
     Attributes:
-      blocked_s: between the end of the last step of the old epoch and permission for the first of the new.
+      blocked_s: between the end of the last step of the old epoch and permission for the first of the new; 0 for a rank
+        that was not in the old.
       lost: ranks that were evicted, if it was a loss.
       change: id of the change, "" for a loss.
     """
