@@ -125,8 +125,8 @@ class Crew:
         return {r: v for r, v in self._scan("now").items() if r in self._processes}
 
     def switches(self, epoch: int) -> dict[int, dict[str, Any]]:
-        """What each rank said about its first right step of an epoch: "right_at" (time.monotonic()), "blocked_s",
-        "lost"."""
+        """What each rank said about its first right step of an epoch: "right_at" (time.monotonic()), "blocked_s", and
+        how many "epochs" there were since its step before, with whom they "lost"."""
         return self._scan(f"first/{epoch}")
 
     def measure(self, rank: int) -> dict[str, int]:
@@ -148,7 +148,7 @@ class Crew:
         return epochs[0]
 
     def wait_settled(self, steps: int, *, after: int = 0, dead: Collection[int] = ()) -> tuple[int, list[int]]:
-        """Until running ranks agree who is a member, of an epoch later than `after` and without the `dead`, and have each
+        """Until running ranks agree who is a member, in an epoch later than `after` and without the `dead`, and have
         done `steps` right; returns epoch and members."""
         found: list[tuple[int, list[int]]] = []
 
@@ -272,10 +272,10 @@ class _Rank:
         group = self._group
         self._right = self._right + 1 if group.epoch == self._epoch else 1
         if group.epoch != self._epoch:
+            new = [switch for switch in group.elastic.history if switch.epoch > self._epoch]
             self._epoch = group.epoch
-            switch = group.elastic.history[-1]
-            said = {"right_at": time.monotonic(), "blocked_s": switch.blocked_s, "lost": switch.lost}
-            self._put(f"first/{self._epoch}/{self._rank}", said)
+            said = {"right_at": time.monotonic(), "blocked_s": new[-1].blocked_s, "epochs": len(new)}
+            self._put(f"first/{self._epoch}/{self._rank}", said | {"lost": [r for switch in new for r in switch.lost]})
         compiled = self._program._cache_size()
         self._now = {"epoch": self._epoch, "members": group.members, "right": self._right, "compiled": compiled}
 

@@ -67,6 +67,7 @@ class EpGroup:
     def __init__(self, config: EpConfig, members: Sequence[int], seats: list[Seat]):
         self.config = config
         self._members = tuple(sorted(members))
+        self._epoch = 1
         self._elastic: Elastic | None = None
         self._seats = seats
         self._server: StoreServer | None = None
@@ -86,7 +87,12 @@ class EpGroup:
     @property
     def epoch(self) -> int:
         """Number of the membership; grows when it changes. 0 before the first `step`, and for a rank that is out."""
-        return 1 if self._elastic is None else self._elastic.epoch
+        return self._epoch if self._elastic is None else self._elastic.epoch
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether its members may come, go and be lost while it serves."""
+        return self._elastic is not None
 
     @property
     def placement(self) -> Placement:
@@ -263,7 +269,15 @@ class EpGroup:
 
     def _activate(self) -> None:
         for seat in self._seats:
-            seat.endpoint.activate(1, list(self._members))
+            here = seat.rank in self._members
+            seat.endpoint.activate(self._epoch, list(self._members) if here else [seat.rank])
+
+    def _replace_members(self, members: Sequence[int]) -> None:
+        """Other ranks of a mesh take part from now on. Every process of the mesh calls; no operation runs."""
+        assert self._rendezvous is not None
+        self._rendezvous.barrier(f"epoch {self._epoch + 1}")  # nobody is in an operation of the old epoch
+        self._epoch, self._members = self._epoch + 1, tuple(members)
+        self._activate()
 
     def _close(self) -> None:
         if self._elastic is not None:

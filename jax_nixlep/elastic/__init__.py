@@ -10,7 +10,8 @@ links.py        the ranks this one is connected to        weights.py  weights th
 mesh.py         `ElasticMesh`: the mesh and the placement of a model, from membership to membership
 """
 
+from jax_nixlep.elastic.mesh import ElasticMesh
 from jax_nixlep.elastic.rank import Elastic, run
 from jax_nixlep.elastic.state import Change, ElasticError, Restore, Switch
 
-__all__ = ["Change", "Elastic", "ElasticError", "Restore", "Switch", "run"]
+__all__ = ["Change", "Elastic", "ElasticError", "ElasticMesh", "Restore", "Switch", "run"]

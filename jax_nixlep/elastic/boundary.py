@@ -50,6 +50,7 @@ class Boundary:
         self._config, self._rank, self._num_experts = config, rank, num_experts
         self._timeout_s, self._join_timeout_s, self._restores = timeout_s, join_timeout_s, restores
         self._operations = 0
+        self._switching: tuple[str, float] = ("", 0.0)  # the change that switches, and when this rank first saw it
         self._timeouts: dict[int, int] = {}
         self.history: list[Switch] = []
         self.on_commit: list[Callable[[Switch], None]] = []
@@ -189,8 +190,11 @@ class Boundary:
                 self._log.append(lambda s: event if s.epoch == state.epoch and s.recovery else None)
         elif change:
             late: list[int] = []
-            if change.phase == "switch" and now - since > (self._timeout_s if state.epoch else change.deadline_s):
-                late = [r for r in state.members if r not in change.arrived]
+            if change.phase == "switch":
+                if change.id != self._switching[0]:
+                    self._switching = (change.id, now)
+                if now - self._switching[1] > (self._timeout_s if state.epoch else change.deadline_s):
+                    late = [r for r in state.members if r not in change.arrived]
             if late or not all(self._links.alive(r) for r in state.members):
                 ranks = late or self._suspects()
                 event = {"kind": "suspect", "epoch": state.epoch, "rank": me, "ranks": ranks}
