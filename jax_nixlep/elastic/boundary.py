@@ -12,13 +12,14 @@ from jax_nixlep import _ffi
 from jax_nixlep.config import EpConfig
 from jax_nixlep.elastic.links import Links
 from jax_nixlep.elastic.log import Log
-from jax_nixlep.elastic.protocol import State, running
+from jax_nixlep.elastic.protocol import Running, State, running
 from jax_nixlep.elastic.state import Shared, Switch
 from jax_nixlep.placement import table_placement
 from jax_nixlep.store import StoreError
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.004  # of a thread that waits for others
+_IDLE_S = 0.25  # without an operation, after which a rank does not wait for the boundaries it promised
 _GRACE_S = 0.15  # for a suspect whose death would not show; it was told at once to stop
 _HISTORY = 1000
 
@@ -50,6 +51,7 @@ class Boundary:
         self._config, self._rank, self._num_experts = config, rank, num_experts
         self._timeout_s, self._join_timeout_s, self._restores = timeout_s, join_timeout_s, restores
         self._operations = 0
+        self._idle = False  # no operation ran since the boundary before
         self._switching: tuple[str, float] = ("", 0.0)  # the change that switches, and when this rank first saw it
         self._timeouts: dict[int, int] = {}
         self.history: list[Switch] = []
@@ -110,6 +112,7 @@ class Boundary:
             problem = "a member was late"
         with self._shared.cond:
             operations = self._endpoint.num_operations
+            self._idle = operations == self._operations
             if problem:
                 self._shared.problem = problem
             elif operations != self._operations:
@@ -134,7 +137,7 @@ class Boundary:
             if shared.problem and state.recovery is None:
                 return "suspect", state
             change = state.change
-            if state.recovery or (change and change.phase == "switch" and shared.boundary >= change.step):
+            if state.recovery or (change and change.phase == "switch" and self._is_at(change)):
                 return "wait" if self._arrived(state) else "arrive", state
             promise = shared.promise if change and change.phase == "commit" else None
             if change and promise and promise[0] == change.id and shared.boundary >= promise[1]:
@@ -143,6 +146,14 @@ class Boundary:
                 return "wait", state
             shared.at_boundary = False
             return "go", state
+
+    def _is_at(self, change: Running) -> bool:
+        """Whether the change may happen here. Boundaries are counted by steps with operations: with nothing to do for
+        all, none would come."""
+        now = time.monotonic()
+        if change.id != self._switching[0]:
+            self._switching = (change.id, now)
+        return self._shared.boundary >= change.step or (self._idle and now - self._switching[1] > _IDLE_S)
 
     def _arrived(self, state: State) -> bool:
         where = state.recovery or state.change
@@ -190,11 +201,9 @@ class Boundary:
                 self._log.append(lambda s: event if s.epoch == state.epoch and s.recovery else None)
         elif change:
             late: list[int] = []
-            if change.phase == "switch":
-                if change.id != self._switching[0]:
-                    self._switching = (change.id, now)
-                if now - self._switching[1] > (self._timeout_s if state.epoch else change.deadline_s):
-                    late = [r for r in state.members if r not in change.arrived]
+            patience_s = self._timeout_s if state.epoch else change.deadline_s
+            if change.phase == "switch" and now - self._switching[1] > patience_s:
+                late = [r for r in state.members if r not in change.arrived]
             if late or not all(self._links.alive(r) for r in state.members):
                 ranks = late or self._suspects()
                 event = {"kind": "suspect", "epoch": state.epoch, "rank": me, "ranks": ranks}

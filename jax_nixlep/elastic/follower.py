@@ -88,14 +88,15 @@ class Follower:
 
     def _follow(self) -> None:
         try:
+            state = self._log.state
             while not self._shared.closing.is_set():
                 try:
-                    state = self._log.state
-                    self._log.wait(0.2 if state.change or state.recovery else LEASE_S / 6)
+                    self._log.wait(state, 0.2 if state.change or state.recovery else LEASE_S / 6)
                     self._log.pull()
+                    state = self._log.state
                     if time.monotonic() > self._lease_due and not self._shared.closing.is_set():
                         self._renew()
-                    self._react(self._log.state)
+                    self._react(state)
                 except StoreError as error:
                     _log.debug("elastic: the store is away: %s", error)
                     self._shared.closing.wait(0.2)

@@ -64,14 +64,17 @@ class Log:
             self._load(json.loads(snapshot))
         self.pull()
 
-    def wait(self, timeout_s: float) -> None:
-        """Returns when there may be a new entry, at most `timeout_s` later.
+    def wait(self, known: State, timeout_s: float) -> None:
+        """Returns when `state` is no longer `known`, or may soon be; at most `timeout_s` later.
 
         Raises:
           StoreError: the store is away.
         """
+        key = self._key(self._next)
+        if self.state is not known:
+            return  # another thread of this rank appended
         try:
-            self._store.wait([self._key(self._next)], timeout_s)
+            self._store.wait([key], timeout_s)
         except TimeoutError:
             with self._lock:
                 self._reload_if_lost()

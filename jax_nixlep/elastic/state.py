@@ -72,7 +72,7 @@ class Shared:
     Attributes:
       applied: epoch of the endpoint; 0: not a member yet, or out.
       members: those of that epoch.
-      boundary: steps completed in it.
+      boundary: steps with operations completed in it.
       at_boundary: the thread that steps waits, with no operation running.
       warm: a joiner has called `step`.
       promise: a change, and the boundary not to pass before its step is known.
