@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_nixlep import launch
 from jax_nixlep.store import Store, StoreError, connect
 from jax_nixlep.store.tcp import StoreServer
 
@@ -97,7 +98,8 @@ class Crew:
         self.store.delete(f"{_PREFIX}to/{rank}")
         who = {"rank": rank, "store": self._server.url, "members": members, **dataclasses.asdict(self.settings)}
         env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", **os.environ, **self._env}
-        process = subprocess.Popen([sys.executable, "-m", "jax_nixlep.crew", json.dumps(who)], env=env)
+        command = launch.with_parent([sys.executable, "-m", "jax_nixlep.crew", json.dumps(who)])
+        process = subprocess.Popen(command, env=env)
         self._processes[rank] = process
         self.died.pop(rank, None)
         threading.Thread(target=self._note_end, args=(rank, process), daemon=True).start()

@@ -16,6 +16,7 @@ PREFIX = "jax_nixlep/elastic/"
 _PAGE = 64  # entries that are deleted together
 _SNAPSHOT = PREFIX + "snapshot"
 _KNOWN = PREFIX + "known/"
+_STRAY_S = 0.02
 _REBIRTH_S = 5.0  # how long the members of a lost log have to say what they knew of it
 
 Event = dict[str, Any]
@@ -75,6 +76,10 @@ class Log:
             return  # another thread of this rank appended
         try:
             self._store.wait([key], timeout_s)
+            with self._lock:
+                self._read()
+            if self.state is known:
+                time.sleep(min(timeout_s, _STRAY_S))  # what is there is no entry of this log
         except TimeoutError:
             with self._lock:
                 self._reload_if_lost()
@@ -112,7 +117,8 @@ class Log:
                     raise
                 continue
             # A rank that was away for long would write among entries that were read by all and deleted.
-            if written and not self._reload_if_behind():
+            behind = self._reload_if_behind()
+            if written and not behind:
                 self._take(event)
                 return self.state
 
@@ -129,12 +135,17 @@ class Log:
 
     def _read(self, token: str = "") -> bool:
         """Reads to the end; whether it met the entry with `token`, written by an attempt of unknown outcome."""
-        while (entry := self._store.get(self._key(self._next))) is not None:
-            event = json.loads(entry)
+        entries: list[Event] = []
+        while (entry := self._store.get(self._key(self._next + len(entries)))) is not None:
+            entries.append(json.loads(entry))
+        if entries:
+            snapshot = self._stored()
+            if snapshot is None or not self._is_mine(snapshot):  # written to a store that had been started again
+                self._reload_if_lost()
+                return False
+        for event in entries:
             self._take(event)
-            if token and event["token"] == token:
-                return True
-        return False
+        return bool(token) and any(event["token"] == token for event in entries)
 
     def _take(self, event: Event) -> None:
         self._state = self.state.apply(event)

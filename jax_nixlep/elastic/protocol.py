@@ -34,7 +34,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 Event = Mapping[str, Any]  # JSON: "kind", and the fields that `apply` names
-_KEPT = ("epoch", "members", "table", "per_rank", "last", "evicted", "forgone")  # by a snapshot
+_KEPT = ("epoch", "members", "table", "per_rank", "last", "aborted", "evicted", "forgone")  # by a snapshot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +109,16 @@ class State:
         epoch, members, table = int(value["epoch"]), tuple(value["members"]), tuple(value["table"])
         if not epoch:
             return first_state(members, table, value["per_rank"], value["deadline_s"])
-        evicted, forgone = tuple(value["evicted"]), value["forgone"]
-        return State(epoch, members, table, value["per_rank"], last=value["last"], evicted=evicted, forgone=forgone)
+        return State(
+            epoch,
+            members,
+            table,
+            value["per_rank"],
+            last=value["last"],
+            aborted=(value["aborted"][0], value["aborted"][1]),
+            evicted=tuple(value["evicted"]),
+            forgone=value["forgone"],
+        )
 
 
 def first_state(members: Iterable[int], table: tuple[int, ...], per_rank: int, deadline_s: float) -> State:
