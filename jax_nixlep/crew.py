@@ -215,6 +215,7 @@ class _Rank:
         self._settings = settings = Settings(**who)
         self._die = self._end = False
         self._store = connect(self._url)
+        self._group: Any = None
 
         import jax.numpy as jnp
 
@@ -238,7 +239,8 @@ class _Rank:
         options: dict[str, Any] = {"members": self._members, "elastic": True} if first else {"join": True}
         self._right = self._epoch = 0
         self._now: dict[str, Any] = {"epoch": 0, "members": [], "right": 0, "compiled": 0}
-        threading.Thread(target=self._report, daemon=True).start()
+        for thread in (self._report, self._obey):
+            threading.Thread(target=thread, daemon=True).start()
         self._group = group = nx.initialize(
             self._config,
             rank=self._rank,
@@ -254,7 +256,6 @@ class _Rank:
             group.load(self._experts(self._row(group.elastic.table)), self._dense())
         self._program = _make_program(self._config)
         jax.block_until_ready(self._program(*self._batch(self._rank, 0, 0), group.experts, group.placement))
-        threading.Thread(target=self._obey, daemon=True).start()
         while not self._end:
             try:
                 result, where = group.run(self._step)
@@ -341,13 +342,18 @@ class _Rank:
     def _do_die(self, command: Command) -> None:
         from jax_nixlep.elastic.preparation import CHANGES
 
-        at, delay_s, elastic = command["at"], command["delay_s"], self._group.elastic
+        at, delay_s = command["at"], command["delay_s"]
         if at == "call":
             self._delay_s, self._die = delay_s, True
             return
         seen, end = False, time.monotonic() + 10
         while at != "now" and time.monotonic() < end:
-            phase = elastic.phase
+            time.sleep(0.0005)
+            if self._group is None:  # it joins
+                if any(key.endswith(f"/hello/{self._rank}") for key in self._store.scan(CHANGES)):
+                    break
+                continue
+            phase = self._group.elastic.phase
             if seen and not phase:
                 break  # missed; it dies all the same
             seen = seen or bool(phase)
@@ -355,7 +361,6 @@ class _Rank:
                 break
             if at == "sending" and any(key.endswith(f"/weights/{self._rank}") for key in self._store.scan(CHANGES)):
                 break
-            time.sleep(0.0005)
         time.sleep(delay_s)
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -321,7 +321,7 @@ class Elastic:
             if state.last == change.id:
                 return
             if state.change is None or state.change.id != change.id:
-                why = state.aborted[1] if state.aborted[0] == change.id else "a member was lost meanwhile"
+                why = state.aborted[1] if state.aborted[0] == change.id else "a member, or the store, was lost"
                 raise ElasticError(f"resize: the change to ranks {list(change.members)} did not happen: {why}")
             if done(state):
                 return
