@@ -208,7 +208,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(f"{name:<16} {text}" for name, text in rows.items())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m jax_nixlep.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -223,7 +223,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--deadline", type=float, default=20.0, metavar="SECONDS", help="of a change (20)")
     parser.add_argument("--hang", type=float, default=60.0, metavar="SECONDS", help="what counts as a hang (60)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """
+    Raises:
+      CrewError: a hang, a rank that ended, or a wrong row.
+    """
     settings = Settings(
         max_ranks=args.ranks,
         num_experts=args.experts,
@@ -236,7 +243,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     env = {"JAX_NIXLEP_P2P": "0" if args.transport == "nixl" else "1"}
     with Crew(settings, timeout_s=args.hang, env=env) as crew:
-        result = Soak(args, crew).run()
+        return Soak(args, crew).run()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    result = run(args)
     print(table(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1, default=str) + "\n")

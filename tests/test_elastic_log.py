@@ -82,6 +82,20 @@ def test_all_read_the_same(store):
     assert third.state.aborted == ("c1", "test") and third.state.recovery.suspects == {2}
 
 
+def test_opening_again_never_goes_back(store):
+    """A leaver opens the log again to rejoin, while the thread that asked for the change looks whether it happened."""
+    first, second, _ = make_logs(store)
+    begin_and_abort(first, "c1")
+    second.pull()
+    seen = []
+    watched = Log(store, 1, lambda: seen.append(watched._next))
+    watched.open(1)
+    load = watched._load
+    watched._load = lambda snapshot: (load(snapshot), seen.append(watched._next))
+    watched.open(1)
+    assert seen == sorted(seen) and seen[-1] == 2
+
+
 @pytest.mark.parametrize("lost", ["request", "reply"])
 def test_an_entry_whose_reply_is_lost_is_there_once(store, lost):
     make_logs(store)

@@ -59,10 +59,11 @@ class Log:
         self._store.put(_SNAPSHOT, self._snapshot())
 
     def open(self, timeout_s: float) -> None:
-        """Waits for the log to exist and reads it."""
-        snapshot = self._store.wait([_SNAPSHOT], timeout_s)[_SNAPSHOT]
+        """Waits for the log to exist and reads it. Again by a rank that was out: `state` never goes back."""
+        snapshot = json.loads(self._store.wait([_SNAPSHOT], timeout_s)[_SNAPSHOT])
         with self._lock:
-            self._load(json.loads(snapshot))
+            if self._state is None or not self._is_mine(snapshot) or snapshot["index"] > self._next:
+                self._load(snapshot)
         self.pull()
 
     def wait(self, known: State, timeout_s: float) -> None:
