@@ -7,7 +7,8 @@ dispatch, every token from combine and the weights of every epoch with numpy, ex
 and joins later. One rank, drawn from the seed, is never killed; what its process uses is measured again and again with
 all ranks as members.
 
-Fails on a hang, the end of a rank that was not killed, a wrong row, a recompile, or a leak.
+Fails on a hang, the end of a rank that was not killed, a wrong row, a recompile, a resize that does not happen though
+nobody was killed, or a leak.
 """
 
 from __future__ import annotations
@@ -252,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    return 1 if result["leaks"] or result["recompiles"] else 0
+    return 1 if result["leaks"] or result["recompiles"] or result["refused"] else 0
 
 
 if __name__ == "__main__":
