@@ -152,6 +152,8 @@ def rank_idle(job):
 
     def drive():
         try:
+            while not group.epoch:
+                time.sleep(0.01)
             for members in ([0, 1], [0]):
                 group.resize(members, deadline_s=10)
         except nx.ElasticError as error:
@@ -182,6 +184,8 @@ def rank_unrestorable(job):
     table[[0, 1, 4, 5]] = range(4)
 
     def drive():
+        while not group.epoch:
+            time.sleep(0.01)
         group.resize([0, 1], table=table)
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -125,9 +126,13 @@ def rank_with_mesh(job):
         ElasticMesh(group, first)
 
     def drive():
-        for members in ([0], [0, 1], [0]):
-            group.resize(members)
-        end.append(1)
+        try:
+            while not group.epoch:
+                time.sleep(0.01)
+            for members in ([0], [0, 1], [0]):
+                group.resize(members)
+        finally:
+            end.append(1)
 
     def compiles():
         again = ElasticMesh(group).mesh  # made anew, as a model would: the same object

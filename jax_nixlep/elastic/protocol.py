@@ -107,15 +107,17 @@ class State:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> State:
         epoch, members, table = int(value["epoch"]), tuple(value["members"]), tuple(value["table"])
+        aborted = value["aborted"][0], value["aborted"][1]
         if not epoch:
-            return first_state(members, table, value["per_rank"], value["deadline_s"])
+            start = first_state(members, table, value["per_rank"], value["deadline_s"])
+            return dataclasses.replace(start, aborted=aborted)
         return State(
             epoch,
             members,
             table,
             value["per_rank"],
             last=value["last"],
-            aborted=(value["aborted"][0], value["aborted"][1]),
+            aborted=aborted,
             evicted=tuple(value["evicted"]),
             forgone=value["forgone"],
         )
