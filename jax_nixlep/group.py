@@ -9,6 +9,7 @@ import math
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -66,6 +67,7 @@ class EpGroup:
     def __init__(self, config: EpConfig, members: Sequence[int], seats: list[Seat]):
         self.config = config
         self._members = tuple(sorted(members))
+        self._epoch = 1
         self._elastic: Elastic | None = None
         self._seats = seats
         self._server: StoreServer | None = None
@@ -85,7 +87,12 @@ class EpGroup:
     @property
     def epoch(self) -> int:
         """Number of the membership; grows when it changes. 0 before the first `step`, and for a rank that is out."""
-        return 1 if self._elastic is None else self._elastic.epoch
+        return self._epoch if self._elastic is None else self._elastic.epoch
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether its members may come, go and be lost while it serves."""
+        return self._elastic is not None
 
     @property
     def placement(self) -> Placement:
@@ -98,7 +105,7 @@ class EpGroup:
         per_rank = self.config.experts_per_rank
         return identity_placement(len(self.members) * per_rank, self.members, per_rank)
 
-    # --- Elastic groups: initialize(elastic=True) or initialize(join=True). Protocol: jax_nixlep/protocol.py. ---
+    # --- Elastic groups: initialize(elastic=True) or initialize(join=True). Protocol: jax_nixlep/elastic. ---
 
     @property
     def elastic(self) -> Elastic:
@@ -232,12 +239,19 @@ class EpGroup:
             peers=peers,
         )
 
-    def _open(self, url: str, serve: bool, secret: str | None, timeout_s: float) -> None:
+    def _open(
+        self,
+        url: str,
+        serve: bool,
+        secret: str | None,
+        timeout_s: float,
+        make_elastic: Callable[[], Elastic] | None,
+    ) -> None:
         """Meets the other members at `url`; returns when all are connected and active."""
         server, self._store = stores.serve_or_connect(url, serve=serve, secret=secret, timeout_s=timeout_s)
         self._server = self._server or server
-        if self._elastic is not None:
-            self._elastic.connect()
+        if make_elastic is not None:
+            self._elastic = make_elastic()
         if self._elastic is not None and not self._members:
             self._elastic.join()
             return
@@ -255,7 +269,15 @@ class EpGroup:
 
     def _activate(self) -> None:
         for seat in self._seats:
-            seat.endpoint.activate(1, list(self._members))
+            here = seat.rank in self._members
+            seat.endpoint.activate(self._epoch, list(self._members) if here else [seat.rank])
+
+    def _replace_members(self, members: Sequence[int]) -> None:
+        """Other ranks of a mesh take part from now on. Every process of the mesh calls; no operation runs."""
+        assert self._rendezvous is not None
+        self._rendezvous.barrier(f"epoch {self._epoch + 1}")  # nobody is in an operation of the old epoch
+        self._epoch, self._members = self._epoch + 1, tuple(members)
+        self._activate()
 
     def _close(self) -> None:
         if self._elastic is not None:
@@ -387,13 +409,15 @@ def initialize(
         seats = [Seat(device, team, r, make_endpoint(device, r)) for device, team, r in places]
         group = EpGroup(config, [] if join else ranks, seats)
         group._server = server
+        make_elastic: Callable[[], Elastic] | None = None
         try:
             if elastic:
                 assert url is not None
                 if num_experts is None and join:
                     raise ValueError("initialize: num_experts must be given to join; got None; pass the group's")
                 experts = len(ranks) * config.experts_per_rank if num_experts is None else num_experts
-                group._elastic = Elastic(
+                make_elastic = partial(
+                    Elastic,
                     url,
                     seats[0].endpoint,
                     config,
@@ -409,7 +433,7 @@ def initialize(
                 group._activate()
             else:
                 serve = mesh is None and not join and seats[0].rank == group._members[0] and _launched() is None
-                group._open(url, serve, secret, init_timeout_s)
+                group._open(url, serve, secret, init_timeout_s, make_elastic)
         except BaseException:
             group._close()
             raise

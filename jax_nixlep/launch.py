@@ -184,6 +184,11 @@ class _Output:
         self._stream.flush()
 
 
+def with_parent(command: Sequence[str]) -> list[str]:
+    """`command`, of an absolute program, as a child of the calling thread that is killed when that ends."""
+    return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
+
+
 class _Job:
     """The ranks of one `run`, watched by one thread."""
 
@@ -229,7 +234,7 @@ class _Job:
 
     def _start(self, rank: int) -> None:
         process = self._live[rank] = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *self._command],
+            with_parent(self._command),
             env={**self._env, "JAX_NIXLEP_RANK": str(rank)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -47,6 +47,7 @@ class Rendezvous:
         self._deadline = time.monotonic() + timeout_s
         self._hellos: dict[Seat, dict[int, dict[str, Any]]] = {}
         self._session: dict[Seat, str] = {}
+        self._steps: set[str] = set()  # for which something was published
 
     def connect(self) -> None:
         """Connects every seat's endpoint to all members.
@@ -65,7 +66,12 @@ class Rendezvous:
             raise
 
     def barrier(self, name: str) -> None:
-        """Returns when every member has called it."""
+        """Returns when every member has called it.
+
+        Raises:
+          TimeoutError: names the ranks that did not, within `timeout_s` of now.
+        """
+        self._deadline = time.monotonic() + self._timeout_s
         self._exchange(name, dict.fromkeys(self._seats, True))
 
     def nonces(self, seat: Seat) -> dict[int, int]:
@@ -76,7 +82,7 @@ class Rendezvous:
         """Removes what this process wrote, unless the meeting failed: then others still have to read why."""
         for seat in self._session:
             self._store.delete(f"{self._prefix(seat)}hello/{seat.rank}")
-            for step in ("mapped", "nixl", "active"):
+            for step in self._steps:
                 self._store.delete(f"{self._prefix(seat)}{self._session[seat]}/{step}/{seat.rank}")
 
     # --- Steps ---
@@ -149,6 +155,7 @@ class Rendezvous:
 
     def _exchange(self, step: str, values: dict[Seat, Any]) -> dict[Seat, dict[int, Any]]:
         """Publishes each seat's value for `step` and returns those of all members."""
+        self._steps.add(step)
         for seat, value in values.items():
             self._put(seat, step, value)
         found: dict[Seat, dict[int, Any]] = {}

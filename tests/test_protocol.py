@@ -7,8 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from jax_nixlep.elastic.protocol import State, first_state, unready
 from jax_nixlep.placement import plan_table
-from jax_nixlep.protocol import State, first_state, unready
 
 PER_RANK = 2
 

@@ -76,42 +76,49 @@ bool Endpoint::MapPeer(int peer, int pid, int fd, uint64_t nonce) {
 
 bool Endpoint::AttachPeer(int peer, std::shared_ptr<SharedMemory> memory, uint64_t nonce) {
   if (memory->size() != layout_.num_bytes() || control(memory->data()).nonce != nonce) return false;
-  std::lock_guard lock(busy_);
-  peers_.at(peer)->memory = std::move(memory);
-  peers_.at(peer)->nonce = nonce;
+  Link(peer, std::move(memory), "", 0, nonce);
   return true;
 }
 
 std::string Endpoint::OpenNixl(const std::string& library, const std::string& name) {
-  std::lock_guard lock(busy_);
   if (!nixl_) {
     auto agent = std::make_unique<NixlAgent>(library, name);
     agent->Register(base(), layout_.num_bytes());
+    std::lock_guard lock(busy_);  // not while it is made: operations go on
     nixl_ = std::move(agent);
   }
   return nixl_->Metadata();
 }
 
 void Endpoint::ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base, uint64_t nonce) {
-  std::lock_guard lock(busy_);
-  Peer& p = *peers_.at(peer);
-  p.agent = nixl_->Connect(metadata);
-  p.remote_base = remote_base;
-  p.nonce = nonce;
-  p.memory.reset();
+  Link(peer, nullptr, "", 0, 0);  // NIXL refuses to know one agent twice
+  Link(peer, nullptr, nixl_->Connect(metadata), remote_base, nonce);
 }
 
 void Endpoint::DropPeer(int peer) {
-  std::lock_guard lock(busy_);
+  Link(peer, nullptr, "", 0, 0);
+  peers_[peer]->member = false;
+}
+
+void Endpoint::Link(int peer, std::shared_ptr<SharedMemory> memory, std::string agent, uint64_t remote_base,
+                    uint64_t nonce) {
   Peer& p = *peers_.at(peer);
-  if (!p.agent.empty()) nixl_->Disconnect(p.agent);
-  p.agent.clear();
-  p.memory.reset();
-  p.member = false;
+  std::unique_lock busy(busy_, std::defer_lock);
+  if (p.member) busy.lock();
+  {
+    std::lock_guard lock(links_);
+    p.memory.swap(memory);
+    p.agent.swap(agent);
+    p.remote_base = remote_base;
+    p.nonce = nonce;
+  }
+  // What was there before goes without the lock: that takes its time.
+  if (!agent.empty() && nixl_) nixl_->Disconnect(agent);
 }
 
 void Endpoint::Activate(uint16_t epoch, std::span<const int> members) {
   std::lock_guard lock(busy_);
+  std::lock_guard links(links_);
   for (auto& peer : peers_) peer->member = false, peer->masked = false;
   for (int r : members) {
     Peer& peer = *peers_.at(r);
@@ -141,7 +148,12 @@ std::string Endpoint::Failure() const {
 }
 
 bool Endpoint::PeerAlive(int peer) const {
-  const std::shared_ptr<SharedMemory> memory = peers_.at(peer)->memory;
+  const Peer& p = *peers_.at(peer);
+  std::shared_ptr<SharedMemory> memory;
+  {
+    std::lock_guard lock(links_);
+    memory = p.memory;
+  }
   return !memory || memory->OwnerAlive();
 }
 
@@ -203,11 +215,13 @@ void Endpoint::Close() {
   }
   active_ = false;
   nixl_.reset();
+  std::lock_guard links(links_);
   for (auto& peer : peers_) peer->memory.reset(), peer->agent.clear(), peer->member = false;
 }
 
 PeerHealth Endpoint::Health(int rank) const {
   const Peer& peer = *peers_.at(rank);
+  std::lock_guard lock(links_);
   return {.bytes_out = peer.bytes_out,
           .bytes_in = peer.bytes_in,
           .wait_us = peer.wait_us,

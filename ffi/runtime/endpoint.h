@@ -68,7 +68,7 @@ class Endpoint {
   uint64_t nonce() const;
   const std::shared_ptr<SharedMemory>& memory() const { return memory_; }
 
-  // --- Connecting; none of these may run while an operation does. ---
+  // --- Connecting, by one thread at a time, at any time: what a running operation uses changes only after it. ---
   // Maps the region of a peer of this machine. False if it cannot be reached or is not the one described.
   bool MapPeer(int peer, int pid, int fd, uint64_t nonce);
   // The same, for a region that is already mapped in this process.
@@ -85,7 +85,7 @@ class Endpoint {
   void Interrupt();
   // Returns when no operation runs.
   void Drain() { std::lock_guard lock(busy_); }
-  // False once a peer in shared memory is known to be dead. Not while peers are mapped or dropped.
+  // False once a peer in shared memory is known to be dead. Any thread, any time.
   bool PeerAlive(int peer) const;
 
   // Tells the peers that this rank leaves and ends a waiting operation. Idempotent.
@@ -117,6 +117,8 @@ class Endpoint {
   Signal& signal(std::byte* region, int bank, int from) const {
     return *reinterpret_cast<Signal*>(region + layout_.signal(bank, from));
   }
+  // How `peer` is reached from now on, instead of how it was until now.
+  void Link(int peer, std::shared_ptr<SharedMemory> memory, std::string agent, uint64_t remote_base, uint64_t nonce);
   void Ring(std::byte* region) const;  // wakes the owner of `region`
   void SleepUntilRung(uint32_t seen, std::chrono::microseconds at_most);
   void NotifyPeers(Notice notice);
@@ -129,7 +131,10 @@ class Endpoint {
   std::unique_ptr<NixlAgent> nixl_;
   std::vector<std::unique_ptr<Peer>> peers_;
 
-  std::mutex busy_;  // held by the operation that runs, and while membership changes
+  std::mutex busy_;  // held by the operation that runs, and while membership or a member's link changes
+  // Held by whoever changes a link (memory, agent, base, nonce of a peer) and by readers that do not hold busy_. An
+  // operation uses links of members only, so those of others change under this one alone. Taken after busy_.
+  mutable std::mutex links_;
   std::atomic<bool> closing_{false}, interrupted_{false};
   std::atomic<uint16_t> epoch_{0};
   std::atomic<uint64_t> num_operations_{0};

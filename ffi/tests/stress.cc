@@ -2,6 +2,8 @@
 // then a rank that leaves, a rank that is late, and ranks that disagree. Exits with 1 and says what was wrong.
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -147,6 +149,40 @@ void ManyOperations(int steps) {
   });
 }
 
+// A thread looks, and connects and drops a rank that is no member, while the members work.
+void LinksChange(int steps) {
+  auto group = MakeGroup(60);
+  const std::vector<int> members = {0, 1, 2};
+  for (int r : members) group[r]->Activate(2, members);
+  std::atomic<bool> done = false;
+  std::thread changer([&] {
+    while (!done) {
+      group[0]->DropPeer(3);
+      Require(group[0]->AttachPeer(3, group[3]->memory(), group[3]->nonce()), "attach");
+    }
+  });
+  std::thread watcher([&] {
+    while (!done) {
+      for (int r = 0; r < kRanks; ++r) Require(group[0]->PeerAlive(r) && group[0]->Health(r).path, "health");
+    }
+  });
+  OnEachRank([&](int r) {
+    if (r == 3) return;
+    std::mt19937 random(r);
+    Rank rank;
+    for (int step = 0; step < steps; ++step) {
+      rank.Fill(random);
+      for (int32_t& id : rank.ids) id = std::min(id, 3 * kExperts - 1);  // of members
+      rank.Dispatch(*group[r], Wire::kSame, uint32_t(step));
+      rank.Combine(*group[r], uint32_t(step));
+      rank.CheckIdentity();
+    }
+  });
+  done = true;
+  changer.join();
+  watcher.join();
+}
+
 void OneLeaves() {
   auto group = MakeGroup(60);
   OnEachRank([&](int r) {
@@ -197,7 +233,9 @@ void ClosedWhileWaiting() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  ManyOperations(argc > 1 ? std::atoi(argv[1]) : 500);
+  const int steps = argc > 1 ? std::atoi(argv[1]) : 500;
+  ManyOperations(steps);
+  LinksChange(steps / 4);
   OneLeaves();
   OneIsLate();
   TheyDisagree();

@@ -55,15 +55,33 @@ def spec_of(flat: Mapping[str, Any]) -> Spec:
 
 
 class Pace:
-    """Keeps a copy below `bytes_per_s` (None: as fast as it goes)."""
+    """Says how a copy may go on: below `bytes_per_s` (None: as fast as it goes), and not past `deadline`."""
 
-    def __init__(self, bytes_per_s: float | None):
-        self._rate, self._due = bytes_per_s, time.monotonic()
+    def __init__(self, bytes_per_s: float | None, deadline: float, cancelled: Callable[[], bool]):
+        """`deadline` as time.monotonic(); `cancelled` says whether the copy is wanted no more."""
+        self._rate, self._deadline, self._cancelled = bytes_per_s, deadline, cancelled
+        self._due = time.monotonic()
 
-    def __call__(self, num_bytes: int) -> None:
+    def left_s(self) -> float:
+        """Seconds until the deadline.
+
+        Raises:
+          TimeoutError: none.
+          InterruptedError: it is not wanted any more.
+        """
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("moving weights took longer than the deadline; raise deadline_s, or the rate")
+        if self._cancelled():
+            raise InterruptedError("the change was given up while weights moved")
+        return left
+
+    def moved(self, num_bytes: int) -> None:
+        """Sleeps as long as the rate asks for after so many bytes."""
         if self._rate:
             self._due = max(self._due, time.monotonic() - 0.1) + num_bytes / self._rate
-            time.sleep(max(0.0, self._due - time.monotonic()))
+            while (ahead := self._due - time.monotonic()) > 0:
+                time.sleep(min(ahead, self.left_s(), 0.1))
 
 
 class WeightSet:
@@ -103,13 +121,11 @@ class WeightSet:
         """No other rank reads this set any more."""
         self._agent = None
 
-    def copier(
-        self, described: Mapping[str, Any], deadline: float, pace: Pace
-    ) -> Callable[[str, int | None, int], None]:
+    def copier(self, described: Mapping[str, Any], pace: Pace) -> Callable[[str, int | None, int], None]:
         """A function (path, row there or None for all, row here) that copies from another rank's set of equal spec.
 
         Raises:
-          TimeoutError: by the function, when it is `deadline` (time.monotonic()).
+          TimeoutError, InterruptedError: by the function, as `pace` says.
           NixlError, OSError: the other rank cannot be reached.
         """
         if "agent" not in described:
@@ -119,7 +135,7 @@ class WeightSet:
             def copy(name: str, there: int | None, here: int) -> None:
                 source = theirs[name] if there is None else theirs[name][there : there + 1]
                 target = self.views[name] if there is None else self.views[name][here : here + 1]
-                copy_bytes(target, source, deadline, pace)
+                copy_bytes(target, source, pace)
 
             return copy
 
@@ -133,27 +149,19 @@ class WeightSet:
             mine, yours = offsets[name] + here * size * (there is not None), offsets[name] + (there or 0) * size
             for at in range(0, size, _CHUNK_BYTES):
                 part = min(_CHUNK_BYTES, size - at)
-                left = _left_s(deadline)
-                agent.read(peer, [(mine + at, described["base"] + yours + at, part)], left)
-                pace(part)
+                agent.read(peer, [(mine + at, described["base"] + yours + at, part)], pace.left_s())
+                pace.moved(part)
 
         return read
 
 
-def copy_bytes(target: np.ndarray, source: np.ndarray, deadline: float, pace: Pace) -> None:
+def copy_bytes(target: np.ndarray, source: np.ndarray, pace: Pace) -> None:
     """Copies in pieces. `target` must be contiguous, `source` of the same shape and dtype."""
     target, source = target.reshape(-1).view(np.uint8), np.ascontiguousarray(source).reshape(-1).view(np.uint8)
     for at in range(0, target.size, _CHUNK_BYTES):
-        _left_s(deadline)
+        pace.left_s()
         target[at : at + _CHUNK_BYTES] = source[at : at + _CHUNK_BYTES]
-        pace(min(_CHUNK_BYTES, target.size - at))
-
-
-def _left_s(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("moving weights took longer than the deadline; raise deadline_s, or the rate")
-    return left
+        pace.moved(min(_CHUNK_BYTES, target.size - at))
 
 
 def _layout(spec: Spec) -> tuple[dict[str, int], int]:

@@ -16,6 +16,7 @@ Loss.     suspect  by a rank whose operation failed or masked a peer. Aborts a c
           evict    names members that did not arrive in time or are known dead.
           When every member has arrived or is evicted, the next epoch begins with those that arrived. An evicted rank
           finds itself out, and may rejoin by a later change.
+          forgo    experts that were lost do not come back in this epoch; serving goes on without.
 
 Why two epochs never serve at once: an epoch begins at the entry where every member of the one before has said that it
 stopped, or has been evicted. An evicted rank that still runs cannot complete a step: a step needs all members of its
@@ -33,6 +34,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 Event = Mapping[str, Any]  # JSON: "kind", and the fields that `apply` names
+_KEPT = ("epoch", "members", "table", "per_rank", "last", "aborted", "evicted", "forgone")  # by a snapshot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,7 @@ class State:
       last: id of the change that made this epoch, or "" after a loss or at the start.
       aborted: (id, reason) of the newest change that did not happen.
       evicted: who was lost when this epoch began.
+      forgone: this epoch serves without the experts that were lost.
     """
 
     epoch: int
@@ -89,6 +92,7 @@ class State:
     last: str = ""
     aborted: tuple[str, str] = ("", "")
     evicted: tuple[int, ...] = ()
+    forgone: bool = False
 
     def apply(self, event: Event) -> State:
         """The state after `event`; this one if the event does not fit."""
@@ -98,16 +102,25 @@ class State:
     def to_json(self) -> dict[str, Any]:
         """What a snapshot of the log needs: at the start, or when nothing runs."""
         deadline_s = self.change.deadline_s if self.change else 0.0
-        return {name: getattr(self, name) for name in ("epoch", "members", "table", "per_rank", "last")} | {
-            "deadline_s": deadline_s
-        }
+        return {name: getattr(self, name) for name in _KEPT} | {"deadline_s": deadline_s}
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> State:
         epoch, members, table = int(value["epoch"]), tuple(value["members"]), tuple(value["table"])
+        aborted = value["aborted"][0], value["aborted"][1]
         if not epoch:
-            return first_state(members, table, value["per_rank"], value["deadline_s"])
-        return State(epoch, members, table, value["per_rank"], last=value["last"])
+            start = first_state(members, table, value["per_rank"], value["deadline_s"])
+            return dataclasses.replace(start, aborted=aborted)
+        return State(
+            epoch,
+            members,
+            table,
+            value["per_rank"],
+            last=value["last"],
+            aborted=aborted,
+            evicted=tuple(value["evicted"]),
+            forgone=value["forgone"],
+        )
 
 
 def first_state(members: Iterable[int], table: tuple[int, ...], per_rank: int, deadline_s: float) -> State:
@@ -126,26 +139,27 @@ def _begin(state: State, event: Event) -> State:
     return dataclasses.replace(state, change=change)
 
 
-def _of_change(state: State, event: Event, *phases: str) -> Running | None:
+def running(state: State, change_id: str, *phases: str) -> Running | None:
+    """The change of this id, if it runs and is in one of the `phases`."""
     change = state.change
-    return change if change and change.id == event["change"] and change.phase in phases else None
+    return change if change and change.id == change_id and change.phase in phases else None
 
 
 def _ready(state: State, event: Event) -> State:
-    if not (change := _of_change(state, event, "prepare")):
+    if not (change := running(state, event["change"], "prepare")):
         return state
     return dataclasses.replace(state, change=dataclasses.replace(change, ready=change.ready | {event["rank"]}))
 
 
 def _commit(state: State, event: Event) -> State:
-    change = _of_change(state, event, "prepare")
+    change = running(state, event["change"], "prepare")
     if not change or unready(state):
         return state
     return dataclasses.replace(state, change=dataclasses.replace(change, phase="commit"))
 
 
 def _hold(state: State, event: Event) -> State:
-    change = _of_change(state, event, "commit")
+    change = running(state, event["change"], "commit")
     if not change or event["rank"] not in state.members:
         return state
     holds = {event["rank"]: event["step"]} | dict(change.holds)  # the first counts
@@ -156,7 +170,7 @@ def _hold(state: State, event: Event) -> State:
 
 
 def _abort(state: State, event: Event) -> State:
-    if not _of_change(state, event, "prepare", "commit", "switch"):
+    if not running(state, event["change"], "prepare", "commit", "switch"):
         return state
     return dataclasses.replace(state, change=None, aborted=(event["change"], event["reason"]))
 
@@ -170,7 +184,7 @@ def _arrive(state: State, event: Event) -> State:
             return state
         return _recovered(state, dataclasses.replace(state.recovery, arrived=state.recovery.arrived | {rank}))
     # Named: an arrival for a change that was aborted says nothing about the next one.
-    if not (change := _of_change(state, event, "switch")):
+    if not (change := running(state, event["change"], "switch")):
         return state
     change = dataclasses.replace(change, arrived=change.arrived | {rank})
     if change.arrived >= set(state.members):
@@ -197,6 +211,10 @@ def _evict(state: State, event: Event) -> State:
     return _recovered(state, dataclasses.replace(recovery, evicted=evicted))
 
 
+def _forgo(state: State, event: Event) -> State:
+    return dataclasses.replace(state, forgone=True) if event["epoch"] == state.epoch else state
+
+
 def _recovered(state: State, recovery: Recovery) -> State:
     if recovery.arrived | recovery.evicted < set(state.members):
         return dataclasses.replace(state, recovery=recovery)
@@ -220,6 +238,7 @@ _HANDLERS = {
     "arrive": _arrive,
     "suspect": _suspect,
     "evict": _evict,
+    "forgo": _forgo,
 }
 
 
@@ -227,3 +246,13 @@ def unready(state: State) -> set[int]:
     """Ranks whose `ready` the running change waits for."""
     assert state.change is not None
     return (set(state.members) | set(state.change.members)) - state.change.ready
+
+
+def waits_for(state: State) -> list[int]:
+    """Ranks that have still to do something for the running change to enter its next phase, or to happen."""
+    change = state.change
+    assert change is not None
+    if change.phase == "prepare":
+        return sorted(unready(state))
+    done = {rank for rank, _ in change.holds} if change.phase == "commit" else change.arrived
+    return sorted(set(state.members) - done)
