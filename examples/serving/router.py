@@ -17,6 +17,7 @@ import logging
 import os
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
@@ -167,6 +168,8 @@ class Router:
         self._secret = secrets.token_hex(32)
 
     async def __aenter__(self) -> Self:
+        # All ranks compile the same programs: those that come later find them.
+        self._programs = tempfile.TemporaryDirectory(prefix="jax_nixlep-programs-")
         self._store = StoreServer(secret=self._secret)
         return self
 
@@ -187,6 +190,7 @@ class Router:
             await asyncio.gather(*(process.wait() for process in processes))
         self._fail_all(Unavailable("the server stops"))
         self._store.close()
+        self._programs.cleanup()
 
     # --- Requests. ---
 
@@ -404,6 +408,8 @@ class Router:
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",  # ranks share the cores; each uses few
             "NPROC": str(max(1, len(os.sched_getaffinity(0)) // o.max_ranks)),
+            "JAX_COMPILATION_CACHE_DIR": self._programs.name,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(_EXAMPLES), os.environ.get("PYTHONPATH")])),
             SECRET_VARIABLE: self._secret,

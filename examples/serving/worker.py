@@ -17,7 +17,6 @@ import dataclasses
 import json
 import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -64,8 +63,7 @@ class Settings:
 
 
 class Worker:
-    def __init__(self, settings: Settings, lines: BinaryIO, out: BinaryIO):
-        self._settings = settings
+    def __init__(self, lines: int, out: BinaryIO):
         self._inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, args=(out,), daemon=True)
@@ -76,7 +74,8 @@ class Worker:
 
     def run(self) -> None:
         """Joins, serves, and returns when this rank is out of the group."""
-        s = self._settings
+        first = self._inbox.get()
+        s = Settings(**first | {"members": tuple(first["members"])})
         model = open_model(s.source)
         config = model.ep_config(s.max_ranks, s.experts_per_rank, s.rows * s.chunk)
         length = s.context + s.chunk  # the last piece of a prompt may be padded past the context
@@ -186,18 +185,20 @@ class Worker:
             out.write(json.dumps(message).encode() + b"\n")
             out.flush()
 
-    def _read(self, lines: BinaryIO) -> None:
-        for line in lines:
-            self._inbox.put(json.loads(line))
+    def _read(self, lines: int) -> None:
+        # No buffered reader: a thread that waits in one keeps the interpreter from ending.
+        rest = b""
+        while data := os.read(lines, 1 << 16):
+            *whole, rest = (rest + data).split(b"\n")
+            for line in whole:
+                self._inbox.put(json.loads(line))
         os._exit(0)  # the front end is gone; nothing here needs an orderly end
 
 
 def main() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is not for the front end
-    lines = sys.stdin.buffer
-    settings = json.loads(lines.readline())
-    Worker(Settings(**settings | {"members": tuple(settings["members"])}), lines, out).run()
+    Worker(0, out).run()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,300 @@
+"""Generates text for a stream of prompts while the group of ranks grows, shrinks and loses a member.
+
+    python examples/elastic_inference.py --checkpoint out --json out.json --plot elastic.png
+
+The model is the one that train_lm.py trains. The ranks are processes of this machine, each with its share of the
+experts and its own requests (`serving`). First a group that is never resized answers all prompts. Then the same
+prompts come again and again while the group changes as --members says and one rank is killed, and every answer is
+compared with the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import text
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from serving.model import find_checkpoint
+from serving.router import Options, Router, Stream, Unavailable
+
+_BIN_S = 0.25  # of the figures over time
+_VIEW_S = 0.25  # between two pictures on the terminal
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=Path("out"), help="file, or --out of train_lm.py")
+    parser.add_argument("--members", type=int, nargs="+", default=[2, 4, 3], help="ranks at first and after each change")
+    parser.add_argument("--max-ranks", type=int, default=4)
+    parser.add_argument("--experts-per-rank", type=int, default=6, help="6 on 3 ranks: each of the 8 experts twice")
+    parser.add_argument("--hold", type=float, default=4.0, metavar="SECONDS", help="between two changes")
+    parser.add_argument("--prompts", type=int, default=32, help="pieces of Python's standard library")
+    parser.add_argument("--tokens", type=int, default=128, help="bytes to add to each prompt")
+    parser.add_argument("--streams", type=int, default=16, help="prompts that are answered at a time")
+    parser.add_argument("--rows", type=int, default=8, help="prompts that a rank works on at a time")
+    parser.add_argument("--detect", type=float, default=0.5, metavar="SECONDS", help="how long a rank waits for another")
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--plot", type=Path, metavar="PNG")
+    args = parser.parse_args()
+    try:
+        args.checkpoint = find_checkpoint(args.checkpoint)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.members[-1] < 2 or min(args.prompts, args.tokens, args.streams, args.rows) < 1:
+        parser.error("--members must end with 2 or more, one of which is killed; the other numbers be at least 1")
+    return args
+
+
+def sample_prompts(count: int) -> list[list[int]]:
+    """Pieces of 8 to 95 bytes of text that the model was not trained on."""
+    _, valid = text.split(text.load_corpus())
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(8, 96, count)
+    starts = rng.integers(0, len(valid) - 96, count)
+    return [valid[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)]
+
+
+class Recorder:
+    """What happened, in seconds since it was made."""
+
+    def __init__(self, router: Router):
+        self._router, self._began = router, time.monotonic()
+        self.streams: list[tuple[int, Stream]] = []  # with the number of the prompt
+        self.lost = 0
+        self.over = False  # no more prompts
+        self.events: list[tuple[float, str]] = []
+        self.members: list[tuple[float, list[int]]] = [(0.0, list(router.members))]
+        self._first_switch = len(router.switches)
+        self._tokens: list[float] = []
+        router.on_event.append(self._on_event)
+
+    def now(self, at: float | None = None) -> float:
+        return (time.monotonic() if at is None else at) - self._began
+
+    def note(self, what: str) -> None:
+        self.events.append((self.now(), what))
+
+    def tokens_per_s(self, window_s: float = 1.0) -> float:
+        now = self.now()
+        recent = itertools.takewhile(lambda at: at > now - window_s, reversed(self._tokens))
+        return sum(1 for _ in recent) / window_s
+
+    def _on_event(self, event: str, **details: Any) -> None:
+        if event == "tokens":
+            self._tokens += [self.now()] * details["new"]
+        elif event == "switch":
+            self.members.append((self.now(details["at"]), details["members"]))
+            lost = f", lost {details['lost']}" if details["lost"] else ""
+            self.note(f"epoch {details['epoch']}: ranks {details['members']}{lost}")
+        elif event == "ended" and not details["expected"]:
+            self.note(f"rank {details['rank']} is gone; its {details['requests']} prompts start again elsewhere")
+
+    # --- Figures. ---
+
+    def token_times(self) -> np.ndarray:
+        return np.sort([self.now(at) for _, stream in self.streams for at in stream.times])
+
+    def stream_gaps(self) -> tuple[np.ndarray, np.ndarray]:
+        """When each token came, and how long after the one before it in its stream; seconds."""
+        pairs = [pair for _, stream in self.streams for pair in itertools.pairwise(stream.times)]
+        after = np.array([self.now(b) for _, b in pairs])
+        return after, np.array([b - a for a, b in pairs])
+
+    def blocked_ms(self) -> dict[int, float]:
+        """For each resize by its epoch: how long no rank could step, at most, of those that served before and after."""
+        blocked: dict[int, float] = {}
+        before = set(self.members[0][1])
+        switches = sorted(self._router.switches[self._first_switch :], key=lambda switch: switch["epoch"])
+        for epoch, group in itertools.groupby(switches, key=lambda switch: switch["epoch"]):
+            ranks = list(group)
+            if not ranks[0]["lost"]:
+                blocked[epoch] = max(switch["blocked_ms"] for switch in ranks if switch["rank"] in before)
+            before = set(ranks[0]["members"])
+        return blocked
+
+    def loss(self, killed_at: float) -> dict[str, float]:
+        """From the kill to the epoch without the dead rank, and to the end of its first step on the last survivor."""
+        lost = [s for s in self._router.switches if s["lost"] and s["at"] > killed_at]
+        steps = [self._router.first_steps[s["epoch"], s["rank"]] for s in lost]
+        return {
+            "kill_to_epoch_ms": 1e3 * (max(s["at"] for s in lost) - killed_at),
+            "kill_to_step_ms": 1e3 * (max(steps) - killed_at),
+        }
+
+
+class View:
+    """The terminal: live where there is one, else a line for each event."""
+
+    def __init__(self, router: Router, recorder: Recorder):
+        self._router, self._recorder = router, recorder
+        self._console, self._shown = Console(stderr=True), 0
+
+    async def run(self) -> None:
+        live = Live(self._draw(), console=self._console, auto_refresh=False)
+        with live if self._console.is_terminal else contextlib.nullcontext():
+            while True:
+                if self._console.is_terminal:
+                    live.update(self._draw(), refresh=True)
+                else:
+                    for at, what in self._recorder.events[self._shown :]:
+                        self._console.print(f"{at:6.2f} s  {what}  ({self._recorder.tokens_per_s():,.0f} tokens/s)")
+                    self._shown = len(self._recorder.events)
+                await asyncio.sleep(_VIEW_S)
+
+    def _draw(self) -> Group:
+        router, recorder = self._router, self._recorder
+        blocked = recorder.blocked_ms()
+        table = Table.grid(padding=(0, 2))
+        table.add_row("members", " ".join(map(str, router.members)))
+        table.add_row("epoch", str(router.epoch))
+        table.add_row("tokens/s", f"{recorder.tokens_per_s():,.0f}")
+        table.add_row("prompts", f"{router.running} in work, {router.waiting} waiting, {len(recorder.streams)} in all")
+        table.add_row("last resize", f"blocked {blocked[max(blocked)]:.1f} ms" if blocked else "-")
+        table.add_row("now", router.scaling or "serving")
+        events = "\n".join(f"{at:6.2f} s  {what}" for at, what in recorder.events[-10:])
+        return Group(Panel(table, title="elastic inference"), Panel(events or "-", title="events"))
+
+
+async def answer(router: Router, prompt: list[int], tokens: int) -> Stream:
+    stream = router.submit(prompt, tokens)
+    async for _ in stream:
+        pass
+    return stream
+
+
+async def keep_asking(router: Router, recorder: Recorder, args: argparse.Namespace, numbers: Iterator[int]) -> None:
+    """One prompt after the other, until there are to be no more."""
+    for number in numbers:
+        stream = router.submit(args.texts[number % args.prompts], args.tokens)
+        recorder.streams.append((number % args.prompts, stream))
+        try:
+            async for _ in stream:
+                pass
+        except Unavailable:
+            recorder.lost += 1
+        if recorder.over:
+            return
+
+
+async def run(args: argparse.Namespace) -> dict[str, Any]:
+    options = Options(
+        {"checkpoint": str(args.checkpoint)},
+        max_ranks=args.max_ranks,
+        experts_per_rank=args.experts_per_rank,
+        rows=args.rows,
+        context=96 + args.tokens,
+        detection_timeout_s=args.detect,
+    )
+    args.texts = sample_prompts(args.prompts)
+    async with Router(options) as router:
+        await router.start(args.members[0])
+        first = await asyncio.gather(*(answer(router, prompt, args.tokens) for prompt in args.texts))
+        expected = [stream.tokens for stream in first]
+
+        recorder = Recorder(router)
+        numbers = itertools.count()
+        view = asyncio.create_task(View(router, recorder).run())
+        asking = [asyncio.create_task(keep_asking(router, recorder, args, numbers)) for _ in range(args.streams)]
+        resizes = []
+        for ranks in args.members[1:]:
+            await asyncio.sleep(args.hold)
+            recorder.note(f"scale to {ranks}")
+            began = time.monotonic()
+            await router.scale(ranks)
+            resizes.append({"ranks": ranks, "seconds": time.monotonic() - began})
+        await asyncio.sleep(args.hold)
+        victim = router.members[len(router.members) // 2]
+        recorder.note(f"kill rank {victim}")
+        killed_at = router.kill(victim)
+        await asyncio.sleep(args.hold)
+        recorder.over = True
+        await asyncio.gather(*asking)
+        view.cancel()
+
+        blocked = recorder.blocked_ms()
+        _, gaps = recorder.stream_gaps()
+        times = recorder.token_times()
+        answers = [stream for _, stream in recorder.streams]
+        result = {
+            "resizes": len(blocked),
+            "blocked_ms_median": statistics.median(blocked.values()),
+            "blocked_ms_max": max(blocked.values()),
+            "blocked_ms": list(blocked.values()),
+            "recompiles": sum(router.recompiles.values()),
+            "requests": len(answers),
+            "requests_lost": recorder.lost,
+            "requests_restarted": sum(stream.restarts > 0 for stream in answers),
+            "tokens": len(times),
+            "tokens_identical": all(
+                stream.tokens == expected[number] and not stream.differing for number, stream in recorder.streams
+            ),
+            "tokens_per_s": len(times) / (times[-1] - times[0]),
+            "longest_stream_gap_ms": 1e3 * float(gaps.max()),
+            "longest_gap_ms": 1e3 * float(np.diff(times).max()),
+            "detection_timeout_ms": 1e3 * args.detect,
+            **recorder.loss(killed_at),
+            "scale": resizes,
+            "members_timeline": recorder.members,
+            "events": recorder.events,
+        }
+    if args.plot:
+        plot(args.plot, recorder)
+    return result
+
+
+def plot(path: Path, recorder: Recorder) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (members, rate, gap) = pyplot.subplots(3, 1, figsize=(9, 6.5), sharex=True, height_ratios=[1, 2, 2])
+    times = recorder.token_times()
+    bins = np.arange(0.0, times[-1], _BIN_S)
+    at, counts = zip(*[(at, len(ranks)) for at, ranks in recorder.members], strict=True)
+    members.step([*at, times[-1]], [*counts, counts[-1]], where="post")
+    members.set(ylabel="ranks", ylim=(0, max(counts) + 0.5), title="Serving while the group changes")
+    rate.plot(bins[:-1] + _BIN_S / 2, np.histogram(times, bins)[0] / _BIN_S)
+    rate.set(ylabel="tokens/s", ylim=(0, None))
+    when, gaps = recorder.stream_gaps()
+    of_bin = np.digitize(when, bins)
+    longest = [1e3 * gaps[of_bin == i].max(initial=0) for i in range(1, len(bins))]
+    gap.semilogy(bins[:-1] + _BIN_S / 2, longest)
+    gap.set(ylabel="longest gap in a stream, ms", xlabel="seconds")
+    for when_s, what in recorder.events:
+        if what.startswith(("scale", "kill")):
+            colour = "tab:red" if what.startswith("kill") else "tab:green"
+            for axes in (members, rate, gap):
+                axes.axvline(when_s, color=colour, linestyle=":")
+            members.annotate(what, (when_s, 0.2), color=colour, xytext=(3, 0), textcoords="offset points")
+        elif what.startswith("epoch"):
+            for axes in (members, rate, gap):
+                axes.axvline(when_s, color="gray", linewidth=0.5)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    args = parse_args()
+    result = asyncio.run(run(args))
+    print(json.dumps({name: value for name, value in result.items() if name != "events"}, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    sys.exit(0 if result["tokens_identical"] and not result["requests_lost"] else 1)
+
+
+if __name__ == "__main__":
+    main()
