@@ -4,8 +4,8 @@
 
 The model is the one that train_lm.py trains. The ranks are processes of this machine, each with its share of the
 experts and its own requests (`serving`). First a group that is never resized answers all prompts. Then the same
-prompts come again and again while the group changes as --members says and one rank is killed, and every answer is
-compared with the first.
+prompts come again and again while the group changes as --members says, new tables of experts are put into use in
+between, and one rank is killed; every answer is compared with the first.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +26,33 @@ import numpy as np
 import text
 from rich.console import Console, Group
 from rich.live import Live
+from rich.logging import RichHandler
 from rich.panel import Panel
 from rich.table import Table
 from serving.model import find_checkpoint
 from serving.router import Options, Router, Stream, Unavailable
 
-_BIN_S = 0.25  # of the figures over time
+MAX_PROMPT = 96  # bytes
+_BIN_S = 0.5  # of the figures over time
 _VIEW_S = 0.25  # between two pictures on the terminal
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("out"), help="file, or --out of train_lm.py")
-    parser.add_argument("--members", type=int, nargs="+", default=[2, 4, 3], help="ranks at first and after each change")
+    parser.add_argument("--members", type=int, nargs="+", default=[2, 4, 3], help="ranks first, and after each change")
     parser.add_argument("--max-ranks", type=int, default=4)
     parser.add_argument("--experts-per-rank", type=int, default=6, help="6 on 3 ranks: each of the 8 experts twice")
     parser.add_argument("--hold", type=float, default=4.0, metavar="SECONDS", help="between two changes")
+    parser.add_argument("--rebalances", type=int, default=12, help="changes of the table alone, between two of members")
+    parser.add_argument(
+        "--drain", type=float, default=10.0, metavar="SECONDS", help="for ranks that leave, to finish what they work on"
+    )
     parser.add_argument("--prompts", type=int, default=32, help="pieces of Python's standard library")
     parser.add_argument("--tokens", type=int, default=128, help="bytes to add to each prompt")
-    parser.add_argument("--streams", type=int, default=16, help="prompts that are answered at a time")
+    parser.add_argument("--streams", type=int, default=24, help="prompts that are answered at a time")
     parser.add_argument("--rows", type=int, default=8, help="prompts that a rank works on at a time")
-    parser.add_argument("--detect", type=float, default=0.5, metavar="SECONDS", help="how long a rank waits for another")
+    parser.add_argument("--detect", type=float, default=0.5, metavar="SECONDS", help="wait of a rank for another")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     args = parser.parse_args()
@@ -60,11 +66,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def sample_prompts(count: int) -> list[list[int]]:
-    """Pieces of 8 to 95 bytes of text that the model was not trained on."""
+    """Pieces of 8 to MAX_PROMPT bytes of text that the model was not trained on."""
     _, valid = text.split(text.load_corpus())
     rng = np.random.default_rng(0)
-    lengths = rng.integers(8, 96, count)
-    starts = rng.integers(0, len(valid) - 96, count)
+    lengths = rng.integers(8, MAX_PROMPT, count, endpoint=True)
+    starts = rng.integers(0, len(valid) - MAX_PROMPT, count)
     return [valid[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)]
 
 
@@ -77,7 +83,7 @@ class Recorder:
         self.lost = 0
         self.over = False  # no more prompts
         self.events: list[tuple[float, str]] = []
-        self.members: list[tuple[float, list[int]]] = [(0.0, list(router.members))]
+        self.members: list[tuple[float, list[int]]] = [(0.0, [*router.members])]
         self._first_switch = len(router.switches)
         self._tokens: list[float] = []
         router.on_event.append(self._on_event)
@@ -97,9 +103,10 @@ class Recorder:
         if event == "tokens":
             self._tokens += [self.now()] * details["new"]
         elif event == "switch":
-            self.members.append((self.now(details["at"]), details["members"]))
-            lost = f", lost {details['lost']}" if details["lost"] else ""
-            self.note(f"epoch {details['epoch']}: ranks {details['members']}{lost}")
+            if details["members"] != self.members[-1][1]:
+                self.members.append((self.now(details["at"]), details["members"]))
+                lost = f", lost {details['lost']}" if details["lost"] else ""
+                self.note(f"epoch {details['epoch']}: ranks {details['members']}{lost}")
         elif event == "ended" and not details["expected"]:
             self.note(f"rank {details['rank']} is gone; its {details['requests']} prompts start again elsewhere")
 
@@ -139,9 +146,9 @@ class Recorder:
 class View:
     """The terminal: live where there is one, else a line for each event."""
 
-    def __init__(self, router: Router, recorder: Recorder):
+    def __init__(self, router: Router, recorder: Recorder, console: Console):
         self._router, self._recorder = router, recorder
-        self._console, self._shown = Console(stderr=True), 0
+        self._console, self._shown = console, 0
 
     async def run(self) -> None:
         live = Live(self._draw(), console=self._console, auto_refresh=False)
@@ -164,96 +171,108 @@ class View:
         table.add_row("tokens/s", f"{recorder.tokens_per_s():,.0f}")
         table.add_row("prompts", f"{router.running} in work, {router.waiting} waiting, {len(recorder.streams)} in all")
         table.add_row("last resize", f"blocked {blocked[max(blocked)]:.1f} ms" if blocked else "-")
-        table.add_row("now", router.scaling or "serving")
+        table.add_row("now", f"changing: {router.scaling}" if router.scaling else "serving")
         events = "\n".join(f"{at:6.2f} s  {what}" for at, what in recorder.events[-10:])
         return Group(Panel(table, title="elastic inference"), Panel(events or "-", title="events"))
 
 
-async def answer(router: Router, prompt: list[int], tokens: int) -> Stream:
-    stream = router.submit(prompt, tokens)
+async def finish(stream: Stream) -> list[int]:
     async for _ in stream:
         pass
-    return stream
+    return stream.tokens
 
 
-async def keep_asking(router: Router, recorder: Recorder, args: argparse.Namespace, numbers: Iterator[int]) -> None:
-    """One prompt after the other, until there are to be no more."""
-    for number in numbers:
-        stream = router.submit(args.texts[number % args.prompts], args.tokens)
-        recorder.streams.append((number % args.prompts, stream))
-        try:
-            async for _ in stream:
-                pass
-        except Unavailable:
-            recorder.lost += 1
-        if recorder.over:
-            return
+async def change_group(router: Router, recorder: Recorder, args: argparse.Namespace) -> tuple[list[Any], float]:
+    """What --members says, and a kill; returns how long each change took, and time.monotonic() of the kill."""
+
+    async def hold() -> None:
+        for _ in range(args.rebalances):
+            await asyncio.sleep(args.hold / args.rebalances)
+            await router.rebalance()
+        if not args.rebalances:
+            await asyncio.sleep(args.hold)
+
+    changes = []
+    for ranks in args.members[1:]:
+        await hold()
+        recorder.note(f"scale to {ranks}")
+        began = time.monotonic()
+        await router.scale(ranks, drain_timeout_s=args.drain)
+        changes.append({"ranks": ranks, "seconds": time.monotonic() - began})
+    await hold()
+    victim = router.members[len(router.members) // 2]
+    recorder.note(f"kill rank {victim}")
+    killed_at = router.kill(victim)
+    await router.recovered(victim)
+    await hold()
+    return changes, killed_at
 
 
-async def run(args: argparse.Namespace) -> dict[str, Any]:
+async def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     options = Options(
         {"checkpoint": str(args.checkpoint)},
         max_ranks=args.max_ranks,
         experts_per_rank=args.experts_per_rank,
         rows=args.rows,
-        context=96 + args.tokens,
+        context=MAX_PROMPT + args.tokens,
         detection_timeout_s=args.detect,
+        max_queue=max(args.prompts, args.streams),
     )
-    args.texts = sample_prompts(args.prompts)
+    prompts = sample_prompts(args.prompts)
     async with Router(options) as router:
+        console.print(f"starting {args.members[0]} ranks")
         await router.start(args.members[0])
-        first = await asyncio.gather(*(answer(router, prompt, args.tokens) for prompt in args.texts))
-        expected = [stream.tokens for stream in first]
+        expected = await asyncio.gather(*(finish(router.submit(prompt, args.tokens)) for prompt in prompts))
 
-        recorder = Recorder(router)
-        numbers = itertools.count()
-        view = asyncio.create_task(View(router, recorder).run())
-        asking = [asyncio.create_task(keep_asking(router, recorder, args, numbers)) for _ in range(args.streams)]
-        resizes = []
-        for ranks in args.members[1:]:
-            await asyncio.sleep(args.hold)
-            recorder.note(f"scale to {ranks}")
-            began = time.monotonic()
-            await router.scale(ranks)
-            resizes.append({"ranks": ranks, "seconds": time.monotonic() - began})
-        await asyncio.sleep(args.hold)
-        victim = router.members[len(router.members) // 2]
-        recorder.note(f"kill rank {victim}")
-        killed_at = router.kill(victim)
-        await asyncio.sleep(args.hold)
-        recorder.over = True
-        await asyncio.gather(*asking)
-        view.cancel()
+        recorder, numbers = Recorder(router), itertools.count()
 
-        blocked = recorder.blocked_ms()
-        _, gaps = recorder.stream_gaps()
-        times = recorder.token_times()
-        answers = [stream for _, stream in recorder.streams]
-        result = {
-            "resizes": len(blocked),
-            "blocked_ms_median": statistics.median(blocked.values()),
-            "blocked_ms_max": max(blocked.values()),
-            "blocked_ms": list(blocked.values()),
-            "recompiles": sum(router.recompiles.values()),
-            "requests": len(answers),
-            "requests_lost": recorder.lost,
-            "requests_restarted": sum(stream.restarts > 0 for stream in answers),
-            "tokens": len(times),
-            "tokens_identical": all(
-                stream.tokens == expected[number] and not stream.differing for number, stream in recorder.streams
-            ),
-            "tokens_per_s": len(times) / (times[-1] - times[0]),
-            "longest_stream_gap_ms": 1e3 * float(gaps.max()),
-            "longest_gap_ms": 1e3 * float(np.diff(times).max()),
-            "detection_timeout_ms": 1e3 * args.detect,
-            **recorder.loss(killed_at),
-            "scale": resizes,
-            "members_timeline": recorder.members,
-            "events": recorder.events,
-        }
+        async def keep_asking() -> None:
+            while not recorder.over:
+                number = next(numbers) % args.prompts
+                stream = router.submit(prompts[number], args.tokens)
+                recorder.streams.append((number, stream))
+                try:
+                    await finish(stream)
+                except Unavailable:
+                    recorder.lost += 1
+
+        view = asyncio.create_task(View(router, recorder, console).run())
+        asking = [asyncio.create_task(keep_asking()) for _ in range(args.streams)]
+        try:
+            changes, killed_at = await change_group(router, recorder, args)
+        finally:
+            recorder.over = True
+            await asyncio.gather(*asking)
+            view.cancel()
+
+    blocked = recorder.blocked_ms()
+    _, gaps = recorder.stream_gaps()
+    times = recorder.token_times()
+    streams = [stream for _, stream in recorder.streams]
     if args.plot:
         plot(args.plot, recorder)
-    return result
+    return {
+        "resizes": len(blocked),
+        "blocked_ms_median": statistics.median(blocked.values()),
+        "blocked_ms_max": max(blocked.values()),
+        "blocked_ms": [*blocked.values()],
+        "recompiles": sum(router.recompiles.values()),
+        "requests": len(streams),
+        "requests_lost": recorder.lost,
+        "requests_restarted": sum(stream.restarts > 0 for stream in streams),
+        "tokens": len(times),
+        "tokens_identical": all(
+            stream.tokens == expected[number] and not stream.differing for number, stream in recorder.streams
+        ),
+        "tokens_per_s": len(times) / (times[-1] - times[0]),
+        "longest_gap_ms": 1e3 * float(np.diff(times).max()),  # in which no stream got a token
+        "longest_stream_gap_ms": 1e3 * float(gaps.max()),
+        "detection_timeout_ms": 1e3 * args.detect,
+        **recorder.loss(killed_at),
+        "scale": changes,
+        "members_timeline": recorder.members,
+        "events": recorder.events,
+    }
 
 
 def plot(path: Path, recorder: Recorder) -> None:
@@ -281,15 +300,14 @@ def plot(path: Path, recorder: Recorder) -> None:
             for axes in (members, rate, gap):
                 axes.axvline(when_s, color=colour, linestyle=":")
             members.annotate(what, (when_s, 0.2), color=colour, xytext=(3, 0), textcoords="offset points")
-        elif what.startswith("epoch"):
-            for axes in (members, rate, gap):
-                axes.axvline(when_s, color="gray", linewidth=0.5)
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def main() -> None:
     args = parse_args()
-    result = asyncio.run(run(args))
+    console = Console(stderr=True)
+    logging.basicConfig(handlers=[RichHandler(console=console, show_path=False)], format="%(message)s")
+    result = asyncio.run(run(args, console))
     print(json.dumps({name: value for name, value in result.items() if name != "events"}, indent=1))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 from model import BYTES, ByteLM, Cache, Layout, empty_cache, read_config
 from safetensors import safe_open
-from serving.model import Tree
 
 import jax_nixlep as nx
+from serving.model import Tree
 
 _EXPERT_PARAMS = ("wi_0", "wi_1", "wo")
 

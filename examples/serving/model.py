@@ -53,7 +53,8 @@ class Model(Protocol):
     ) -> tuple[jax.Array, Any]:
         """Reads more tokens of each sequence. Pure, to be compiled: a change of the group changes arguments only.
 
-        Collective, and its operations (dispatch, combine) must not depend on S: ranks of one step may bring different S.
+        Collective. Which operations (dispatch, combine) it runs must not depend on S: ranks may bring different S to
+        one step.
 
         Args:
           dense, experts: as `load_dense` and `load_experts` gave them; of experts, those in this rank's slots.

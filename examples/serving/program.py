@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from serving.model import Model
 
 import jax_nixlep as nx
+from serving.model import Model
 
 
 class Batch(NamedTuple):
@@ -45,9 +45,7 @@ def compile_steps(model: Model, config: nx.EpConfig, rows: int, widths: tuple[in
     """
 
     def step(dense, experts, placement, cache, batch: Batch):
-        logits, cache = model.forward(
-            dense, experts, placement, batch.tokens, batch.start, batch.lengths, cache
-        )
+        logits, cache = model.forward(dense, experts, placement, batch.tokens, batch.start, batch.lengths, cache)
         return _choose(logits, batch, batch.start + batch.lengths), cache
 
     def shapes(tree: Any) -> Any:

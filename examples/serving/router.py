@@ -23,12 +23,11 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from jax_nixlep.store import SECRET_VARIABLE
+from jax_nixlep.store.tcp import StoreServer
 from serving.model import open_model
 from serving.rows import Request, Token
 from serving.worker import Settings
-
-from jax_nixlep.store import SECRET_VARIABLE
-from jax_nixlep.store.tcp import StoreServer
 
 _EXAMPLES = Path(__file__).parents[1]
 _LAST_LINES = 20  # of what a rank printed, to say why it ended
@@ -159,6 +158,7 @@ class Router:
         self.recompiles: dict[int, int] = {}
         self.on_event: list[Callable[..., None]] = []
         self._ranks: dict[int, _Rank] = {}
+        self._ends: dict[int, str] = {}  # how a rank ended last
         self._queue: collections.deque[Stream] = collections.deque()
         self._ids = itertools.count()
         self._changing = ""
@@ -317,6 +317,25 @@ class Router:
                         self._ranks[r].leaving = True
                         self._ranks[r].process.kill()
 
+    async def rebalance(self, *, deadline_s: float = 60.0) -> None:
+        """Puts a new table of experts into use, for the load that ranks observed and the members as they are.
+
+        Raises:
+          ChangeRuns, ScaleError: it did not happen; says why.
+        """
+        with self._change("of the table"):
+            await self._resize(self.members, time.monotonic() + deadline_s)
+
+    async def recovered(self, rank: int, timeout_s: float = 60.0) -> None:
+        """Returns when the others go on without a rank that was lost, with replicas of all experts as slots allow.
+
+        Raises:
+          ScaleError: not in time.
+        """
+        deadline = time.monotonic() + timeout_s
+        gone = lambda: rank not in self._ranks and rank not in self.members and not self._changing  # noqa: E731
+        await self._until(gone, "recover", deadline)
+
     def kill(self, rank: int) -> float:
         """Kills a rank (SIGKILL), to see what happens; returns time.monotonic() before."""
         now = time.monotonic()
@@ -343,6 +362,7 @@ class Router:
         finally:
             self._changing = ""
             self._assign()
+            self._wake()
 
     async def _resize(self, members: Sequence[int], deadline: float) -> None:
         """Has one of the members that stay ask for the change, and waits for the outcome."""
@@ -371,7 +391,7 @@ class Router:
           ScaleError: it is no more.
         """
         if rank not in self._ranks:
-            raise ScaleError(f"rank {rank} ended; see the log")
+            raise ScaleError(f"rank {rank} ended {self._ends.get(rank, '')}")
         return self._ranks[rank]
 
     async def _until(self, done: Callable[[], bool], what: str, deadline: float) -> None:
@@ -442,12 +462,13 @@ class Router:
             self._hear(rank, json.loads(line))
         await errors
         status = await rank.process.wait()
+        self._ends[rank.rank] = "\n".join([f"with status {status}", *rank.last_lines])
         del self._ranks[rank.rank]
         for stream in reversed(rank.streams.values()):
             stream.restarts += 1
             self._queue.appendleft(stream)
         if not rank.leaving:
-            _log.warning("rank %d ended with status %d: %s", rank.rank, status, " / ".join(rank.last_lines))
+            _log.warning("rank %d ended %s", rank.rank, self._ends[rank.rank])
             if rank.rank in self.members and self._ranks:
                 self._spawn(self._spread(self.epoch))
         if not self._ranks:
@@ -479,7 +500,8 @@ class Router:
                             del rank.streams[token.request]
                 self._tell("tokens", rank=rank.rank, new=new)
                 self._assign()
-                return
+                if rank.streams or not rank.leaving:
+                    return  # nobody waits for that
             case "compiled":
                 rank.compiled = True
             case "switch":

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
+
 from serving.program import Batch
 
 

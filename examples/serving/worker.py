@@ -24,11 +24,11 @@ from typing import Any, BinaryIO
 
 import jax
 import numpy as np
+
+import jax_nixlep as nx
 from serving.model import open_model
 from serving.program import Batch, compile_steps
 from serving.rows import Request, Rows
-
-import jax_nixlep as nx
 
 _REST_S = 0.05  # between steps while no rank has a request; far below any detection timeout
 _COMPILED = "/jax/core/compile/backend_compile_duration"
