@@ -203,7 +203,9 @@ async def change_group(router: Router, recorder: Recorder, args: argparse.Namesp
     victim = router.members[len(router.members) // 2]
     recorder.note(f"kill rank {victim}")
     killed_at = router.kill(victim)
-    await router.recovered(victim)
+    async with asyncio.timeout(30):
+        while victim in router.members or router.scaling:
+            await asyncio.sleep(0.05)
     await hold()
     return changes, killed_at
 

@@ -12,27 +12,19 @@ import collections
 import contextlib
 import dataclasses
 import itertools
-import json
 import logging
-import os
 import secrets
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, Literal, Self
 
-from jax_nixlep.store import SECRET_VARIABLE
 from jax_nixlep.store.tcp import StoreServer
 from serving.model import open_model
+from serving.process import RankProcess
 from serving.rows import Request, Token
 from serving.worker import Settings
 
-_EXAMPLES = Path(__file__).parents[1]
-_LAST_LINES = 20  # of what a rank printed, to say why it ended
-_STOP_S = 5.0  # between asking a process to end and killing it
-_MAX_LINE_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 
@@ -122,20 +114,14 @@ class Stream:
 
 
 class _Rank:
-    """A process that is, was or will be a rank."""
+    """A process, and what the router knows about it."""
 
-    def __init__(self, rank: int, process: asyncio.subprocess.Process):
-        self.rank, self.process = rank, process
+    def __init__(self, process: RankProcess):
+        self.process, self.rank = process, process.settings.rank
         self.streams: dict[int, Stream] = {}
         self.compiled = self.stepped = False
         self.leaving = False  # gets no more requests; may end
         self.answer: str | None = None  # to the last "resize": "" or why it failed
-        self.last_lines: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
-
-    def tell(self, **message: Any) -> None:
-        assert self.process.stdin is not None
-        if not self.process.stdin.is_closing():
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
 
 
 class Router:
@@ -176,18 +162,7 @@ class Router:
     async def __aexit__(self, *_: object) -> None:
         for task in [*self._tasks]:
             task.cancel()
-        processes = [rank.process for rank in self._ranks.values()]
-        for process in processes:
-            with contextlib.suppress(ProcessLookupError):
-                process.terminate()
-        try:
-            async with asyncio.timeout(_STOP_S):
-                await asyncio.gather(*(process.wait() for process in processes))
-        except TimeoutError:
-            for process in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-            await asyncio.gather(*(process.wait() for process in processes))
+        await asyncio.gather(*(rank.process.stop() for rank in self._ranks.values()))
         self._fail_all(Unavailable("the server stops"))
         self._store.close()
         self._programs.cleanup()
@@ -235,9 +210,10 @@ class Router:
     def _cancel(self, stream: Stream) -> None:
         if stream in self._queue:
             self._queue.remove(stream)
+        stream._news.put_nowait(None)
         for rank in self._ranks.values():
             if rank.streams.pop(stream.request.id, None):
-                rank.tell(do="cancel", id=stream.request.id)
+                rank.process.tell(do="cancel", id=stream.request.id)
         self._assign()
 
     def _assign(self) -> None:
@@ -249,12 +225,12 @@ class Router:
                 break
             stream = self._queue.popleft()
             rank.streams[stream.request.id] = stream
-            rank.tell(do="generate", request=dataclasses.asdict(stream.request))
+            rank.process.tell(do="generate", request=dataclasses.asdict(stream.request))
         resting = not (self._queue or self.running or self._changing)
         if resting != self._resting:
             self._resting = resting
             for rank in self._ranks.values():
-                rank.tell(do="pace", rest=resting)
+                rank.process.tell(do="pace", rest=resting)
 
     def _fail_all(self, error: Exception) -> None:
         for stream in [*self._queue, *(s for rank in self._ranks.values() for s in rank.streams.values())]:
@@ -326,16 +302,6 @@ class Router:
         with self._change("of the table"):
             await self._resize(self.members, time.monotonic() + deadline_s)
 
-    async def recovered(self, rank: int, timeout_s: float = 60.0) -> None:
-        """Returns when the others go on without a rank that was lost, with replicas of all experts as slots allow.
-
-        Raises:
-          ScaleError: not in time.
-        """
-        deadline = time.monotonic() + timeout_s
-        gone = lambda: rank not in self._ranks and rank not in self.members and not self._changing  # noqa: E731
-        await self._until(gone, "recover", deadline)
-
     def kill(self, rank: int) -> float:
         """Kills a rank (SIGKILL), to see what happens; returns time.monotonic() before."""
         now = time.monotonic()
@@ -368,18 +334,15 @@ class Router:
         """Has one of the members that stay ask for the change, and waits for the outcome."""
         asked = self._rank(min(set(members) & set(self.members)))
         asked.answer = None
-        asked.tell(do="resize", members=sorted(members), deadline_s=max(0.1, deadline - time.monotonic()))
+        asked.process.tell(do="resize", members=sorted(members), deadline_s=max(0.1, deadline - time.monotonic()))
         await self._until(lambda: self._rank(asked.rank).answer is not None, "answer", deadline + 1)
         if asked.answer:
             raise ScaleError(asked.answer)
 
-    async def _spread(self, epoch: int) -> None:
+    async def _spread(self) -> None:
         """After a loss: gives every expert its replicas again."""
         try:
-            with self._change("after a loss"):
-                deadline = time.monotonic() + self.options.start_timeout_s
-                await self._until(lambda: self.epoch > epoch, "go on", deadline)
-                await self._resize(self.members, deadline)
+            await self.rebalance()
         except ChangeRuns:
             pass  # which spreads them too
         except ScaleError as error:
@@ -391,7 +354,7 @@ class Router:
           ScaleError: it is no more.
         """
         if rank not in self._ranks:
-            raise ScaleError(f"rank {rank} ended {self._ends.get(rank, '')}")
+            raise ScaleError(f"rank {rank} ended with {self._ends.get(rank)}")
         return self._ranks[rank]
 
     async def _until(self, done: Callable[[], bool], what: str, deadline: float) -> None:
@@ -424,66 +387,31 @@ class Router:
             o.context,
             o.detection_timeout_s,
         )
-        env = {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",  # ranks share the cores; each uses few
-            "NPROC": str(max(1, len(os.sched_getaffinity(0)) // o.max_ranks)),
-            "JAX_COMPILATION_CACHE_DIR": self._programs.name,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(_EXAMPLES), os.environ.get("PYTHONPATH")])),
-            SECRET_VARIABLE: self._secret,
-        }
-        pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "serving.worker"),
-            stdin=pipe,
-            stdout=pipe,
-            stderr=pipe,
-            env=env,
-            limit=_MAX_LINE_BYTES,
-            start_new_session=True,  # a terminal's Ctrl-C is for the front end
-        )
-        started = self._ranks[rank] = _Rank(rank, process)
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(dataclasses.asdict(settings)).encode() + b"\n")
+        started = self._ranks[rank] = _Rank(await RankProcess.start(settings, self._secret, self._programs.name))
         self._spawn(self._follow(started))
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _follow(self, rank: _Rank) -> None:
-        """Hears what a process says, to its end."""
-        errors = asyncio.create_task(self._follow_errors(rank))
-        assert rank.process.stdout is not None
-        async for line in rank.process.stdout:
-            self._hear(rank, json.loads(line))
-        await errors
-        status = await rank.process.wait()
-        self._ends[rank.rank] = "\n".join([f"with status {status}", *rank.last_lines])
+        """Hears what a rank says, to its end; then its requests go to others."""
+        async for message in rank.process.messages():
+            self._hear(rank, message)
+        self._ends[rank.rank] = end = await rank.process.wait()
         del self._ranks[rank.rank]
         for stream in reversed(rank.streams.values()):
             stream.restarts += 1
             self._queue.appendleft(stream)
         if not rank.leaving:
-            _log.warning("rank %d ended %s", rank.rank, self._ends[rank.rank])
-            if rank.rank in self.members and self._ranks:
-                self._spawn(self._spread(self.epoch))
+            _log.warning("rank %d ended with %s", rank.rank, end)
         if not self._ranks:
             self.members = ()
             self._fail_all(Unavailable("no rank serves any more"))
-        self._tell("ended", rank=rank.rank, status=status, requests=len(rank.streams), expected=rank.leaving)
+        self._tell("ended", rank=rank.rank, requests=len(rank.streams), expected=rank.leaving)
         self._assign()
         self._wake()
-
-    async def _follow_errors(self, rank: _Rank) -> None:
-        assert rank.process.stderr is not None
-        async for line in rank.process.stderr:
-            text = line.decode("utf-8", "replace").rstrip()
-            rank.last_lines.append(text)
-            _log.info("rank %d: %s", rank.rank, text)
 
     def _hear(self, rank: _Rank, message: dict[str, Any]) -> None:
         if "recompiles" in message:
@@ -509,10 +437,12 @@ class Router:
                 if message["epoch"] > self.epoch:
                     self.epoch, self.members = message["epoch"], tuple(message["members"])
                     self._tell("switch", **message)
+                    if message["lost"]:
+                        self._spawn(self._spread())
             case "stepped":
                 rank.stepped = True
                 self.first_steps[message["epoch"], rank.rank] = message["at"]
-                rank.tell(do="pace", rest=self._resting)
+                rank.process.tell(do="pace", rest=self._resting)
             case "resized":
                 rank.answer = message["error"]
         self._assign()
