@@ -84,7 +84,7 @@ class Recorder:
         self.over = False  # no more prompts
         self.events: list[tuple[float, str]] = []
         self.members: list[tuple[float, list[int]]] = [(0.0, [*router.members])]
-        self._first_switch = len(router.switches)
+        self._first_epoch = router.epoch
         self._tokens: list[float] = []
         router.on_event.append(self._on_event)
 
@@ -122,24 +122,14 @@ class Recorder:
         return after, np.array([b - a for a, b in pairs])
 
     def blocked_ms(self) -> dict[int, float]:
-        """For each resize by its epoch: how long no rank could step, at most, of those that served before and after."""
-        blocked: dict[int, float] = {}
-        before = set(self.members[0][1])
-        switches = sorted(self._router.switches[self._first_switch :], key=lambda switch: switch["epoch"])
-        for epoch, group in itertools.groupby(switches, key=lambda switch: switch["epoch"]):
-            ranks = list(group)
-            if not ranks[0]["lost"]:
-                blocked[epoch] = max(switch["blocked_ms"] for switch in ranks if switch["rank"] in before)
-            before = set(ranks[0]["members"])
-        return blocked
+        return {epoch: ms for epoch, ms in self._router.blocked_ms().items() if epoch > self._first_epoch}
 
     def loss(self, killed_at: float) -> dict[str, float]:
         """From the kill to the epoch without the dead rank, and to the end of its first step on the last survivor."""
         lost = [s for s in self._router.switches if s["lost"] and s["at"] > killed_at]
-        steps = [self._router.first_steps[s["epoch"], s["rank"]] for s in lost]
         return {
             "kill_to_epoch_ms": 1e3 * (max(s["at"] for s in lost) - killed_at),
-            "kill_to_step_ms": 1e3 * (max(steps) - killed_at),
+            "kill_to_step_ms": 1e3 * (max(s["first_step"] for s in lost) - killed_at),
         }
 
 
@@ -258,7 +248,7 @@ async def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "blocked_ms_median": statistics.median(blocked.values()),
         "blocked_ms_max": max(blocked.values()),
         "blocked_ms": [*blocked.values()],
-        "recompiles": sum(router.recompiles.values()),
+        "recompiles": router.recompiles,
         "requests": len(streams),
         "requests_lost": recorder.lost,
         "requests_restarted": sum(stream.restarts > 0 for stream in streams),

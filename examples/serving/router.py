@@ -25,6 +25,7 @@ from serving.process import RankProcess
 from serving.rows import Request, Token
 from serving.worker import Settings
 
+_KEPT_SWITCHES = 1024
 _log = logging.getLogger(__name__)
 
 
@@ -72,6 +73,7 @@ class Stream:
     """The answer to one request, as it is made: iterate over its tokens, once.
 
     Attributes:
+      submitted: time.monotonic() at which the request came.
       tokens: all so far; `times`: time.monotonic() at which each was made, on the rank.
       finish: "stop" or "length" once it is over.
       restarts: how often its rank was lost or left.
@@ -80,6 +82,7 @@ class Stream:
 
     def __init__(self, request: Request, router: Router):
         self.request, self._router = request, router
+        self.submitted = time.monotonic()
         self.tokens: list[int] = []
         self.times: list[float] = []
         self.finish: Literal["", "stop", "length"] = ""
@@ -120,6 +123,7 @@ class _Rank:
         self.process, self.rank = process, process.settings.rank
         self.streams: dict[int, Stream] = {}
         self.compiled = self.stepped = False
+        self.recompiles = 0
         self.leaving = False  # gets no more requests; may end
         self.answer: str | None = None  # to the last "resize": "" or why it failed
 
@@ -130,18 +134,15 @@ class Router:
     Attributes:
       model: the model, without weights.
       epoch, members: of the group.
-      switches: what each rank said of each change of epoch: {"epoch", "members", "blocked_ms", "lost", ...}.
-      first_steps: {(epoch, rank): time.monotonic() at the end of the first step}.
-      recompiles: programs compiled after the start, {process id: count}.
+      switches: what each rank said of each change of epoch, the last ones: {"rank", "epoch", "members", "lost",
+        "blocked_ms", "at"}, and once it was made "first_step", of the same clock as "at", time.monotonic().
       on_event: called with "switch", "ended" or "tokens", and details.
     """
 
     def __init__(self, options: Options):
         self.options, self.model = options, open_model(options.source)
         self.epoch, self.members = 0, ()
-        self.switches: list[dict[str, Any]] = []
-        self.first_steps: dict[tuple[int, int], float] = {}
-        self.recompiles: dict[int, int] = {}
+        self.switches: collections.deque[dict[str, Any]] = collections.deque(maxlen=_KEPT_SWITCHES)
         self.on_event: list[Callable[..., None]] = []
         self._ranks: dict[int, _Rank] = {}
         self._ends: dict[int, str] = {}  # how a rank ended last
@@ -149,6 +150,7 @@ class Router:
         self._ids = itertools.count()
         self._changing = ""
         self._resting = False
+        self._recompiles = 0  # of ranks that ended
         self._waiters: list[asyncio.Future[None]] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._secret = secrets.token_hex(32)
@@ -238,6 +240,24 @@ class Router:
         self._queue.clear()
 
     # --- The group. ---
+
+    @property
+    def recompiles(self) -> int:
+        """Programs that ranks compiled after their start."""
+        return self._recompiles + sum(rank.recompiles for rank in self._ranks.values())
+
+    def blocked_ms(self) -> dict[int, float]:
+        """For each resize that `switches` holds, by its epoch: how long no rank could step, at most, of those that
+        served before and after."""
+        blocked: dict[int, float] = {}
+        before: set[int] = set()
+        for epoch, group in itertools.groupby(sorted(self.switches, key=lambda s: s["epoch"]), lambda s: s["epoch"]):
+            ranks = list(group)
+            stayed = [switch["blocked_ms"] for switch in ranks if switch["rank"] in before]
+            if stayed and not ranks[0]["lost"]:
+                blocked[epoch] = max(stayed)
+            before = set(ranks[0]["members"])
+        return blocked
 
     async def start(self, ranks: int) -> None:
         """Starts the first ranks; returns when they serve.
@@ -401,6 +421,7 @@ class Router:
             self._hear(rank, message)
         self._ends[rank.rank] = end = await rank.process.wait()
         del self._ranks[rank.rank]
+        self._recompiles += rank.recompiles
         for stream in reversed(rank.streams.values()):
             stream.restarts += 1
             self._queue.appendleft(stream)
@@ -414,8 +435,7 @@ class Router:
         self._wake()
 
     def _hear(self, rank: _Rank, message: dict[str, Any]) -> None:
-        if "recompiles" in message:
-            self.recompiles[rank.process.pid] = message["recompiles"]
+        rank.recompiles = message.get("recompiles", rank.recompiles)
         match message.pop("event"):
             case "tokens":
                 tokens = [Token(*token) for token in message["tokens"]]
@@ -441,7 +461,9 @@ class Router:
                         self._spawn(self._spread())
             case "stepped":
                 rank.stepped = True
-                self.first_steps[message["epoch"], rank.rank] = message["at"]
+                for switch in self.switches:
+                    if (switch["epoch"], switch["rank"]) == (message["epoch"], rank.rank):
+                        switch["first_step"] = message["at"]
                 rank.process.tell(do="pace", rest=self._resting)
             case "resized":
                 rank.answer = message["error"]
