@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
+import signal
 from pathlib import Path
 
 import uvicorn
@@ -82,7 +84,9 @@ async def serve(args: argparse.Namespace) -> None:
 
 def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s")
-    asyncio.run(serve(parse_args()))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C, in order
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve(parse_args()))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.detokenizer import Detokenizer
 from serving.metrics import Metrics
 from serving.router import ChangeRuns, Overloaded, Router, ScaleError, Stream, Unavailable
-from serving.schema import ChatRequest, CompletionRequest, ScaleRequest
+from serving.schema import ChatRequest, CompletionRequest, Generation, ScaleRequest
 
 _MAX_BODY_BYTES = 8 << 20
 _DISCONNECT_POLL_S = 0.5
@@ -118,7 +118,7 @@ def create_app(router: Router, name: str, control_token: str) -> FastAPI:
 
     # --- Generation. ---
 
-    def submit(body: CompletionRequest | ChatRequest, prompts: list[list[int]], max_tokens: int) -> list[Choice]:
+    def submit(body: Generation, prompts: list[list[int]], max_tokens: int) -> list[Choice]:
         if body.model != name:
             raise ApiError(404, f"model must be {name!r}; got {body.model!r}", param="model", code="model_not_found")
         seed = secrets.randbits(32) if body.seed is None else body.seed % (1 << 32)
@@ -133,9 +133,7 @@ def create_app(router: Router, name: str, control_token: str) -> FastAPI:
             raise
         return choices
 
-    async def respond(
-        request: Request, body: CompletionRequest | ChatRequest, choices: list[Choice], form: Form
-    ) -> Any:
+    async def respond(request: Request, body: Generation, choices: list[Choice], form: Form) -> Any:
         head = {"id": f"{form.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": name}
         if body.stream:
             pieces = stream_pieces(head, choices, form, body.include_usage)
@@ -257,7 +255,8 @@ def create_app(router: Router, name: str, control_token: str) -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def on_invalid(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"][1:])
+        whole = first["type"] == "json_invalid"  # its place is a position in the text
+        param = "" if whole else ".".join(str(part) for part in first["loc"][1:])
         return error_response(ApiError(400, f"{param or 'body'}: {first['msg']}", param=param or None))
 
     @app.exception_handler(HTTPException)

@@ -32,15 +32,9 @@ class Metrics:
         self._lost = Counter("nixlep_serving_ranks_lost", "Ranks that ended unasked", registry=registry)
         self._restarts = Counter("nixlep_serving_restarts", "Requests that another rank began anew", registry=registry)
         self._requests = Counter("nixlep_serving_requests", "Requests by HTTP status", ["status"], registry=registry)
-        self._first = Histogram(
-            "nixlep_serving_first_token_seconds",
-            "From a request to its first token",
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self._gap = Histogram(
-            "nixlep_serving_token_gap_seconds", "Between two tokens of a request", registry=registry, buckets=_SECONDS
-        )
+        first, gap = "From a request to its first token", "Between two tokens of a request"
+        self._first = Histogram("nixlep_serving_first_token_seconds", first, registry=registry, buckets=_SECONDS)
+        self._gap = Histogram("nixlep_serving_token_gap_seconds", gap, registry=registry, buckets=_SECONDS)
         router.on_event.append(self._on_event)
 
     def _on_event(self, event: str, **details: Any) -> None:

@@ -46,7 +46,7 @@ def compile_steps(model: Model, config: nx.EpConfig, rows: int, widths: tuple[in
 
     def step(dense, experts, placement, cache, batch: Batch):
         logits, cache = model.forward(dense, experts, placement, batch.tokens, batch.start, batch.lengths, cache)
-        return _choose(logits, batch, batch.start + batch.lengths), cache
+        return choose(logits, batch, batch.start + batch.lengths), cache
 
     def shapes(tree: Any) -> Any:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
@@ -62,8 +62,8 @@ def compile_steps(model: Model, config: nx.EpConfig, rows: int, widths: tuple[in
     return compiled
 
 
-def _choose(logits: jax.Array, batch: Batch, positions: jax.Array) -> jax.Array:
-    """logits [B, V] float32 -> the token at `positions` [B] of each row."""
+def choose(logits: jax.Array, batch: Batch, positions: jax.Array) -> jax.Array:
+    """logits [B, V] float32 -> [B] int32, the token at `positions` [B] of each row."""
 
     def sample() -> jax.Array:
         scaled = logits / jnp.maximum(batch.temperature, 1e-6)[:, None]
