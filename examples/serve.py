@@ -22,6 +22,7 @@ from serving.model import find_checkpoint, open_model
 from serving.router import Options, Router
 
 TOKEN_VARIABLE = "SERVE_CONTROL_TOKEN"
+_KEEP_ALIVE_S = 60  # of idle connections: clients send on one that they believe to be open
 _STOP_S = 10  # for requests that are still running when the server is told to stop
 
 
@@ -78,7 +79,8 @@ async def serve(args: argparse.Namespace) -> None:
         await router.start(args.ranks)
         print(f"serving {args.name} on http://{args.host}:{args.port} with {args.ranks} ranks", flush=True)
         app = create_app(router, args.name, token)
-        config = uvicorn.Config(app, args.host, args.port, log_level="warning", timeout_graceful_shutdown=_STOP_S)
+        waits = {"timeout_keep_alive": _KEEP_ALIVE_S, "timeout_graceful_shutdown": _STOP_S}
+        config = uvicorn.Config(app, args.host, args.port, log_level="warning", **waits)
         await uvicorn.Server(config).serve()
 
 

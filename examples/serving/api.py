@@ -292,18 +292,23 @@ class LimitBody:
             message = await receive()
             received += len(message.get("body", b""))
             if received > _MAX_BODY_BYTES:
-                raise ApiError(413, f"the body must be at most {_MAX_BODY_BYTES} bytes")
+                raise HTTPException(413, f"the body must be at most {_MAX_BODY_BYTES} bytes")
             return message
 
         await self._app(scope, counted, send)
 
 
 async def unless_gone(request: Request, work: asyncio.Future[Any]) -> Any:
-    """The result of `work`, which is cancelled when the client hangs up."""
+    """The result of `work`, which is cancelled when the client hangs up.
+
+    Raises:
+      ApiError: it did; nobody reads this.
+    """
     while not work.done():
         await asyncio.wait([work], timeout=_DISCONNECT_POLL_S)
         if not work.done() and await request.is_disconnected():
             work.cancel()
+            raise ApiError(499, "the client hung up")
     return work.result()
 
 

@@ -254,7 +254,7 @@ class Router:
         for epoch, group in itertools.groupby(sorted(self.switches, key=lambda s: s["epoch"]), lambda s: s["epoch"]):
             ranks = list(group)
             stayed = [switch["blocked_ms"] for switch in ranks if switch["rank"] in before]
-            if stayed and not ranks[0]["lost"]:
+            if stayed and ranks[0]["change"]:  # none after a loss
                 blocked[epoch] = max(stayed)
             before = set(ranks[0]["members"])
         return blocked
@@ -458,6 +458,8 @@ class Router:
                     self.epoch, self.members = message["epoch"], tuple(message["members"])
                     self._tell("switch", **message)
                     if message["lost"]:
+                        for lost in set(message["lost"]) & set(self._ranks):
+                            self._ranks[lost].process.kill()  # it may only be late; its requests must not wait for it
                         self._spawn(self._spread())
             case "stepped":
                 rank.stepped = True
