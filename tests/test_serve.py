@@ -256,6 +256,11 @@ def rank_processes(server):
     return [int(pid) for pid in children if "serving.worker" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
+def scale(server, ranks):
+    answer = server.post("/scale_elastic_ep", json={"new_data_parallel_size": ranks}, headers=BEARER)
+    assert answer.status_code == 200, answer.text
+
+
 def test_a_killed_rank_loses_no_request(server):
     async def run():
         async with server.client() as client:
@@ -266,10 +271,28 @@ def test_a_killed_rank_loses_no_request(server):
             os.kill(rank_processes(server)[1], signal.SIGKILL)
             return expected, await asyncio.gather(*asking)
 
-    before = server.get("/health").json()["members"]
+    scale(server, 3)
     restarts, lost = (server.metric(f"nixlep_serving_{name}_total") for name in ("restarts", "ranks_lost"))
     expected, answers = asyncio.run(run())
     assert answers == expected
-    assert len(server.get("/health").json()["members"]) == len(before) - 1
+    assert len(server.get("/health").json()["members"]) == 2
     assert server.metric("nixlep_serving_ranks_lost_total") == lost + 1
     assert server.metric("nixlep_serving_restarts_total") > restarts
+
+
+def test_requests_wait_while_the_ranks_that_are_left_have_no_room_for_all_experts(server):
+    async def run():
+        async with server.client() as client:
+            expected = await asyncio.gather(*(complete(client, prompt) for prompt in PROMPTS))
+            os.kill(rank_processes(server)[-1], signal.SIGKILL)
+            asking = asyncio.gather(*(complete(client, prompt) for prompt in PROMPTS))
+            await asyncio.to_thread(wait_until, lambda: server.get("/health").status_code == 503)
+            missing = server.get("/health").json()["missing_experts"]
+            await asyncio.to_thread(scale, server, 2)
+            return missing, expected, await asking
+
+    scale(server, 2)
+    missing, expected, answers = asyncio.run(run())
+    assert len(missing) == 2, "8 experts, 6 slots"
+    assert answers == expected
+    assert server.get("/health").json()["missing_experts"] == []

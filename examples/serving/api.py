@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import secrets
@@ -234,8 +235,9 @@ def create_app(router: Router, name: str, control_token: str) -> FastAPI:
     @app.get("/health")
     async def health() -> Any:
         state = {"members": router.members, "epoch": router.epoch, "scaling": router.scaling}
+        state["missing_experts"] = router.missing_experts
         load = {"running": router.running, "waiting": router.waiting}
-        return JSONResponse(state | load, 200 if router.members else 503)
+        return JSONResponse(state | load, 200 if router.members and not router.missing_experts else 503)
 
     @app.get("/metrics")
     async def prometheus() -> Any:
@@ -308,6 +310,8 @@ async def unless_gone(request: Request, work: asyncio.Future[Any]) -> Any:
         await asyncio.wait([work], timeout=_DISCONNECT_POLL_S)
         if not work.done() and await request.is_disconnected():
             work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await work
             raise ApiError(499, "the client hung up")
     return work.result()
 

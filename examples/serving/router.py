@@ -134,6 +134,7 @@ class Router:
     Attributes:
       model: the model, without weights.
       epoch, members: of the group.
+      missing_experts: that no rank holds, after a loss; requests wait until the group has room for them.
       switches: what each rank said of each change of epoch, the last ones: {"rank", "epoch", "members", "lost",
         "blocked_ms", "at"}, and once it was made "first_step", of the same clock as "at", time.monotonic().
       on_event: called with "switch", "ended" or "tokens", and details.
@@ -142,6 +143,7 @@ class Router:
     def __init__(self, options: Options):
         self.options, self.model = options, open_model(options.source)
         self.epoch, self.members = 0, ()
+        self.missing_experts: list[int] = []
         self.switches: collections.deque[dict[str, Any]] = collections.deque(maxlen=_KEPT_SWITCHES)
         self.on_event: list[Callable[..., None]] = []
         self._ranks: dict[int, _Rank] = {}
@@ -463,6 +465,8 @@ class Router:
                         self._spawn(self._spread())
             case "stepped":
                 rank.stepped = True
+                if message["epoch"] == self.epoch:
+                    self.missing_experts = message["missing_experts"]
                 for switch in self.switches:
                     if (switch["epoch"], switch["rank"]) == (message["epoch"], rank.rank):
                         switch["first_step"] = message["at"]

@@ -8,7 +8,7 @@ many tokens it brings.
 Down: {"do": "generate", "request": ...}, {"do": "cancel", "id": n}, {"do": "pace", "rest": bool},
       {"do": "resize", "members": [...], "deadline_s": x}.
 Up:   "compiled" (this rank can join without holding up anybody), "switch" (an epoch began), "stepped" (its first step
-      was completed), "tokens", "resized" (or why not), "out" (of the group; the process ends).
+      was completed; names experts that no rank holds), "tokens", "resized" (or why not).
 """
 
 from __future__ import annotations
@@ -98,12 +98,12 @@ class Worker:
         group.elastic.on_commit.append(self._on_switch)
         self._group, self._programs = group, programs
         self._rows, self._rest = Rows(s.rows, s.chunk, model.eos_ids), False
+        self._missing: list[int] = []  # experts that no rank holds
         self._cache = jax.device_put(model.empty_cache(s.rows, length), jax.local_devices()[0])
         for width in programs:  # alone, before the first step with others
             jax.block_until_ready(self._step(Batch.empty(s.rows, width)))
         self._compilations = 0
         self._serve()
-        self._send(event="out")
         nx.shutdown()
         self._outbox.put(None)
         self._writer.join()
@@ -116,7 +116,7 @@ class Worker:
     def _serve(self) -> None:
         epoch = 0
         while True:
-            self._obey()
+            self._obey(wait=bool(self._missing or (self._rest and not self._rows)))
             batch = self._rows.next_batch()
             try:
                 tokens, self._cache = self._group.run(self._step, batch)
@@ -125,15 +125,20 @@ class Worker:
                     raise
                 return
             now = time.monotonic()
-            if made := self._rows.accept(batch, np.asarray(tokens)):
-                self._send(event="tokens", tokens=made, at=now, recompiles=self._compilations)
             if self._group.epoch != epoch:
                 epoch = self._group.epoch
-                self._send(event="stepped", epoch=epoch, at=now, recompiles=self._compilations)
+                self._missing = np.flatnonzero(np.asarray(self._group.placement.counts) == 0).tolist()
+                self._send(
+                    event="stepped", epoch=epoch, at=now, recompiles=self._compilations, missing_experts=self._missing
+                )
+            if self._missing:
+                continue  # a token without its experts is no answer: requests wait until the group has room for all
+            if made := self._rows.accept(batch, np.asarray(tokens)):
+                self._send(event="tokens", tokens=made, at=now, recompiles=self._compilations)
 
-    def _obey(self) -> None:
-        """Takes what arrived, and rests if there is nothing to do."""
-        for message in self._messages():
+    def _obey(self, *, wait: bool) -> None:
+        """Takes what arrived; waits a little for it if there is nothing else to do."""
+        for message in self._messages(_REST_S if wait else None):
             match message["do"]:
                 case "generate":
                     request = message["request"]
@@ -145,8 +150,7 @@ class Worker:
                 case "resize":
                     threading.Thread(target=self._resize, args=(message,), daemon=True).start()
 
-    def _messages(self) -> Iterator[dict[str, Any]]:
-        timeout_s = _REST_S if self._rest and not self._rows else None
+    def _messages(self, timeout_s: float | None) -> Iterator[dict[str, Any]]:
         while True:
             try:
                 yield self._inbox.get(timeout_s is not None, timeout_s)
