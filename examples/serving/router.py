@@ -26,6 +26,7 @@ from serving.rows import Request, Token
 from serving.worker import Settings
 
 _KEPT_SWITCHES = 1024
+_ABORT_S = 5.0
 _log = logging.getLogger(__name__)
 
 
@@ -223,7 +224,7 @@ class Router:
     def _assign(self) -> None:
         """Gives waiting requests to the ranks with the most free rows, and sets the pace."""
         while self._queue:
-            ready = [r for r in self._ranks.values() if r.stepped and not r.leaving]
+            ready = [r for r in self._ranks.values() if r.stepped and r.rank in self.members and not r.leaving]
             rank = min(ready, key=lambda r: len(r.streams), default=None)
             if rank is None or len(rank.streams) >= self.options.rows:
                 break
@@ -290,6 +291,10 @@ class Router:
         with self._change(f"to {ranks} ranks"):
             self._check(ranks)
             deadline = time.monotonic() + deadline_s
+            if not self.members:
+                raise ScaleError("no rank serves any more; start the server anew")
+            # Of an earlier change or a loss, some may still be ending, or not be missed by the others yet.
+            await self._until(lambda: set(self._ranks) == set(self.members), "end", deadline)
             stay = self.members[:ranks]
             free = (rank for rank in range(self.options.max_ranks) if rank not in self._ranks)
             new = tuple(itertools.islice(free, ranks - len(stay)))
@@ -297,7 +302,7 @@ class Router:
             try:
                 for rank in new:
                     await self._start(rank, ())
-                await self._until(lambda: all(self._rank(r).compiled for r in new), "get ready", deadline)
+                await self._until(lambda: all(self._rank(r).compiled for r in (*stay, *new)), "get ready", deadline)
                 for rank in leaving:
                     rank.leaving = True
                 self._assign()
@@ -309,7 +314,7 @@ class Router:
                 await self._until(lambda: not any(rank.rank in self._ranks for rank in leaving), "end", deadline)
             finally:
                 for rank in leaving:
-                    rank.leaving = False
+                    rank.leaving = rank.rank not in self.members
                 for r in new:
                     if r in self._ranks and r not in self.members:
                         self._ranks[r].leaving = True
@@ -354,20 +359,33 @@ class Router:
 
     async def _resize(self, members: Sequence[int], deadline: float) -> None:
         """Has one of the members that stay ask for the change, and waits for the outcome."""
+        for rank in members:
+            self._rank(rank)
         asked = self._rank(min(set(members) & set(self.members)))
         asked.answer = None
         asked.process.tell(do="resize", members=sorted(members), deadline_s=max(0.1, deadline - time.monotonic()))
-        await self._until(lambda: self._rank(asked.rank).answer is not None, "answer", deadline + 1)
+
+        def answered() -> bool:
+            return all(map(self._rank, members)) and asked.answer is not None
+
+        try:
+            await self._until(answered, "answer", deadline + 1)
+        except ScaleError:  # the group would wait for a rank that is gone until the deadline
+            asked.process.tell(do="abort")
+            with contextlib.suppress(ScaleError):
+                over = time.monotonic() + _ABORT_S
+                await self._until(lambda: self._rank(asked.rank).answer is not None, "answer", over)
+            raise
         if asked.answer:
             raise ScaleError(asked.answer)
 
     async def _spread(self) -> None:
         """After a loss: gives every expert its replicas again."""
         try:
+            deadline = time.monotonic() + self.options.start_timeout_s
+            await self._until(lambda: not self._changing, "end a change", deadline)
             await self.rebalance()
-        except ChangeRuns:
-            pass  # which spreads them too
-        except ScaleError as error:
+        except (ChangeRuns, ScaleError) as error:
             _log.warning("replicas were not spread after a loss: %s", error)
 
     def _rank(self, rank: int) -> _Rank:
@@ -398,16 +416,16 @@ class Router:
     async def _start(self, rank: int, members: tuple[int, ...]) -> None:
         o = self.options
         settings = Settings(
-            o.source,
-            rank,
-            members,
-            self._store.url,
-            o.max_ranks,
-            o.experts_per_rank,
-            o.rows,
-            o.chunk,
-            o.context,
-            o.detection_timeout_s,
+            source=o.source,
+            rank=rank,
+            members=members,
+            store=self._store.url,
+            max_ranks=o.max_ranks,
+            experts_per_rank=o.experts_per_rank,
+            rows=o.rows,
+            chunk=o.chunk,
+            context=o.context,
+            detection_timeout_s=o.detection_timeout_s,
         )
         started = self._ranks[rank] = _Rank(await RankProcess.start(settings, self._secret, self._programs.name))
         self._spawn(self._follow(started))

@@ -6,7 +6,7 @@ run the same operations in the same order because every step is one forward pass
 many tokens it brings.
 
 Down: {"do": "generate", "request": ...}, {"do": "cancel", "id": n}, {"do": "pace", "rest": bool},
-      {"do": "resize", "members": [...], "deadline_s": x}.
+      {"do": "resize", "members": [...], "deadline_s": x}, {"do": "abort"} of that.
 Up:   "compiled" (this rank can join without holding up anybody), "switch" (an epoch began), "stepped" (its first step
       was completed; names experts that no rank holds), "tokens", "resized" (or why not).
 """
@@ -99,6 +99,7 @@ class Worker:
         self._group, self._programs = group, programs
         self._rows, self._rest = Rows(s.rows, s.chunk, model.eos_ids), False
         self._missing: list[int] = []  # experts that no rank holds
+        self._change: nx.Change | None = None  # that this rank asked for last
         self._cache = jax.device_put(model.empty_cache(s.rows, length), jax.local_devices()[0])
         for width in programs:  # alone, before the first step with others
             jax.block_until_ready(self._step(Batch.empty(s.rows, width)))
@@ -149,6 +150,9 @@ class Worker:
                     self._rest = message["rest"]
                 case "resize":
                     threading.Thread(target=self._resize, args=(message,), daemon=True).start()
+                case "abort" if self._change:
+                    args = (self._change, "the front end gave it up")
+                    threading.Thread(target=self._group.abort, args=args, daemon=True).start()
 
     def _messages(self, timeout_s: float | None) -> Iterator[dict[str, Any]]:
         while True:
@@ -160,9 +164,10 @@ class Worker:
 
     def _resize(self, message: dict[str, Any]) -> None:
         try:
-            self._group.resize(message["members"], deadline_s=message["deadline_s"])
+            self._change = self._group.prepare(message["members"], deadline_s=message["deadline_s"])
+            self._group.commit(self._change)
             self._send(event="resized", error="")
-        except (nx.ElasticError, ValueError, TimeoutError, OSError) as error:
+        except Exception as error:  # whatever it is: the front end waits for an answer
             self._send(event="resized", error=f"{type(error).__name__}: {error}")
 
     def _on_switch(self, switch: Any) -> None:
