@@ -4,8 +4,8 @@
 
 The model is the one that train_lm.py trains. The ranks are processes of this machine, each with its share of the
 experts and its own requests (`serving`). First a group that is never resized answers all prompts. Then the same
-prompts come again and again while the group changes as --members says, new tables of experts are put into use in
-between, and one rank is killed; every answer is compared with the first.
+prompts come again and again while the group changes as --members says and one rank is killed; every answer is compared
+with the first. In between --rebalances commits change only the table of experts, to see how long those block.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-ranks", type=int, default=4)
     parser.add_argument("--experts-per-rank", type=int, default=6, help="6 on 3 ranks: each of the 8 experts twice")
     parser.add_argument("--hold", type=float, default=4.0, metavar="SECONDS", help="between two changes")
-    parser.add_argument("--rebalances", type=int, default=12, help="changes of the table alone, between two of members")
+    parser.add_argument("--rebalances", type=int, default=12, help="commits between two changes of members")
     parser.add_argument(
         "--drain", type=float, default=10.0, metavar="SECONDS", help="for ranks that leave, to finish what they work on"
     )
