@@ -3,7 +3,7 @@
     model = moe_decoder.load("path/to/Mixtral-8x7B-v0.1")
     config = model.ep_config(max_ranks=4, experts_per_rank=2, tokens_per_rank=64)
     group = nx.initialize(config, rank=rank, members=range(4), store="tcp://127.0.0.1:7011")
-    dense, experts = model.load_dense(), model.load_experts([2 * rank, 2 * rank + 1])
+    dense, experts = model.place(model.load_dense()), model.place(model.load_experts([2 * rank, 2 * rank + 1]))
     cache = model.empty_cache(batch=1, length=128)
     logits, cache = jax.jit(model.forward)(dense, experts, group.placement, tokens, start, lengths, cache)
 

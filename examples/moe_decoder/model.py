@@ -41,7 +41,7 @@ def load(
         files by the logical axis rules; experts are spread over axis "ep". None: this process is a rank by itself.
       tensor_axis: mesh axis that splits heads, vocabulary and MLPs; rows of a batch are spread over all others.
       backend: see `nixlep_moe`.
-      progress: show a progress bar while weights are read.
+      progress: show a bar while weights are read.
 
     Raises:
       FileNotFoundError, ValueError: names the file or value, and what to do.
@@ -69,10 +69,11 @@ class Model:
         self._checkpoint, self._progress = Checkpoint(folder), progress
         tokenizer = Tokenizer(folder)
         self.encode, self.decode, self.apply_chat = tokenizer.encode, tokenizer.decode, tokenizer.apply_chat
+        self._ep: nx.EpConfig | None = None
         self._graph = functools.cache(self._split)
 
     def ep_config(self, max_ranks: int, experts_per_rank: int, tokens_per_rank: int) -> nx.EpConfig:
-        """The capacities of a group that runs this model; all its MoE layers share them.
+        """The capacities of a group that runs this model; all its MoE layers share them. `forward` uses the last ones.
 
         Args:
           tokens_per_rank: that a rank brings to one exchange; longer inputs are cut.
@@ -85,6 +86,10 @@ class Model:
                 f"ep_config: max_ranks * experts_per_rank must be at least the model's {self.num_experts} experts; got "
                 f"{max_ranks} * {experts_per_rank} slots; raise one of them"
             )
+        self._ep = self._capacities(max_ranks, experts_per_rank, tokens_per_rank)
+        return self._ep
+
+    def _capacities(self, max_ranks: int, experts_per_rank: int, tokens_per_rank: int) -> nx.EpConfig:
         return nx.EpConfig(
             max_ranks=max_ranks,
             experts_per_rank=experts_per_rank,
@@ -98,26 +103,38 @@ class Model:
         """A cache for `batch` rows of at most `length` tokens: [batch, length, heads, values] arrays in each layer."""
         return empty_cache(self.config, self.layout, batch, length)
 
-    def load_experts(self, expert_ids: Sequence[int], *, lazy: bool = False) -> dict[str, Any]:
-        """The weights of these experts in all layers, nested dicts of arrays [len(expert_ids), ...]; -1 gives zeros.
+    def load_experts(self, expert_ids: Sequence[int]) -> dict[str, Any]:
+        """The weights of these experts in all layers: nested dicts of arrays [len(expert_ids), ...]; -1 gives zeros.
 
-        With a mesh the ids are those of all its slots, and the arrays are global ones.
+        The arrays are still in the files (`Stored`) and are read by whoever takes their values: `group.load` and
+        `restore=` need no memory beside the group's but for one array; `place` makes arrays for `forward`.
 
         Args:
-          lazy: leaves that read themselves when numpy asks for their values, as `group.load` does: it then needs no
-            memory beside that of the group, but for one array.
+          expert_ids: of this rank's slots, or with a mesh of all its slots.
 
         Raises:
-          ValueError: an id is no expert; or of a tensor: names it, its file and what to do.
+          ValueError: an id is no expert; or, when read, a tensor is not what it should be: names it, its file and what
+            to do.
         """
         ids = tuple(int(e) for e in expert_ids)
         if bad := [e for e in ids if not -1 <= e < self.num_experts]:
             raise ValueError(f"load_experts: ids must be in [-1, {self.num_experts}); got {bad}; correct the placement")
-        return self._load("experts", ids, lazy)
+        return self._stored("experts", ids)
 
-    def load_dense(self, *, lazy: bool = False) -> dict[str, Any]:
+    def load_dense(self) -> dict[str, Any]:
         """All other weights, nested dicts of arrays; see `load_experts`."""
-        return self._load("dense", None, lazy)
+        return self._stored("other weights", None)
+
+    def place(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """Reads what was loaded into arrays that `forward` takes: on this process's first device, or over the mesh."""
+
+        def put(path: tuple[Any, ...], value: Stored) -> jax.Array:
+            if self.layout.mesh is None:
+                return jax.device_put(np.asarray(value), may_alias=True)
+            sharding = self._sharding["/".join(entry.key for entry in path)]
+            return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+
+        return jax.tree_util.tree_map_with_path(put, weights)
 
     def forward(
         self,
@@ -128,17 +145,16 @@ class Model:
         start: jax.Array,
         lengths: jax.Array,
         cache: list[Cache],
-        *,
-        ep: nx.EpConfig | None = None,
     ) -> tuple[jax.Array, list[Cache]]:
-        """One step of a batch, prefill or decode. Pure; a collective of the group, under `jax.jit`.
+        """One step of a batch, prefill or decode. Pure, to be compiled; a collective of the group that `ep_config` is for.
+
+        Ranks of one step may bring different S, while B * S is at most `tokens_per_rank`.
 
         Args:
-          dense, experts: as loaded; runtime arguments, as is `placement`, so that a resize compiles nothing.
+          dense, experts: from `place`, or the group's; arguments like `placement`, so that a resize compiles nothing.
           tokens: [B, S] int32, of which lengths [B] int32 are live: row b's continue at position start[b]. A row of
             length 0 takes no part, and its part of the cache stays as it is.
           cache: of earlier tokens.
-          ep: capacities; None: those of the current group.
 
         Returns:
           Logits [B, vocab_size] float32 of each row's last live token, and the cache with the live tokens in it.
@@ -150,7 +166,9 @@ class Model:
         self.check_room(tokens.shape[1], length)
         offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)
         where = Where(start[:, None] + offsets, offsets < lengths[:, None])
-        graph, state = self._graph(ep or nx.current_group().config)
+        if self._ep is None:
+            raise RuntimeError("forward: the capacities must be known; got none; call ep_config first")
+        graph, state = self._graph(self._ep)
         state = jax.tree.map(lambda v: v, state)  # a copy: filled in place
         nnx.replace_by_pure_dict(state, _merge(dense, experts))
         return nnx.merge(graph, state)(tokens, where, jnp.maximum(lengths - 1, 0), cache, placement)
@@ -169,34 +187,45 @@ class Model:
     def _split(self, ep: nx.EpConfig) -> tuple[nx.GraphDef, nnx.State]:
         return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, ep, self.layout, nnx.Rngs(0))))
 
-    def _load(self, kind: str, experts: tuple[int, ...] | None, lazy: bool) -> dict[str, Any]:
-        _, state = self._graph(self.ep_config(1, self.num_experts, 1))
-        bar = tqdm(desc=f"read {kind}", unit="B", unit_scale=True, disable=not self._progress or lazy, mininterval=1)
-        stored, shardings = {}, {}
-        for where, variable in nnx.to_flat_state(state):
-            path = tuple(str(part) for part in where)
-            if is_expert(path) == (experts is None):
-                continue
-            shape = variable.shape if experts is None else (len(experts), *variable.shape[1:])
-            source, dtype = source_of(self.config, path), as_dtype(variable.dtype)
-            stored["/".join(path)] = Stored(self._checkpoint, self.config, source, shape, dtype, experts, bar.update)
-            if self.layout.mesh is not None:
-                spec = nnx.get_partition_spec({"": variable})[""].get_value()
-                shardings["/".join(path)] = jax.sharding.NamedSharding(self.layout.mesh, spec)
-        if lazy:
-            return unflatten(stored)
-        bar.reset(total=sum(value.nbytes for value in stored.values()))
-        with bar:
-            return unflatten({name: _placed(value, shardings.get(name)) for name, value in stored.items()})
+    @functools.cached_property
+    def _variables(self) -> dict[str, nnx.Variable]:
+        """The decoder's parameters by path, without values; those of experts with a row for each expert."""
+        _, state = self._graph(self._capacities(1, self.num_experts, 1))
+        return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+    @functools.cached_property
+    def _sharding(self) -> dict[str, jax.sharding.NamedSharding]:
+        specs = nnx.get_partition_spec(self._variables)
+        return {p: jax.sharding.NamedSharding(self.layout.mesh, spec.get_value()) for p, spec in specs.items()}
+
+    def _stored(self, what: str, experts: tuple[int, ...] | None) -> dict[str, Any]:
+        count = _Progress(what if self._progress else "")
+        stored = {}
+        for name, variable in self._variables.items():
+            path = tuple(name.split("/"))
+            if is_expert(path) == (experts is not None):
+                shape = variable.shape if experts is None else (len(experts), *variable.shape[1:])
+                source, dtype = source_of(self.config, path), as_dtype(variable.dtype)
+                stored[name] = Stored(self._checkpoint, self.config, source, shape, dtype, experts, count)
+        count.total = sum(value.nbytes for value in stored.values())
+        return unflatten(stored)
 
 
-def _placed(value: Stored, sharding: jax.sharding.NamedSharding | None) -> jax.Array:
-    if sharding is None:
-        return jax.device_put(np.asarray(value), may_alias=True)
-    return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+class _Progress:
+    """A bar that appears when reading begins, and goes when all was read."""
+
+    def __init__(self, what: str):
+        self.what, self.total, self._bar = what, 0, None
+
+    def __call__(self, num_bytes: int) -> None:
+        if not self.what:
+            return
+        self._bar = self._bar or tqdm(desc=self.what, total=self.total, unit="B", unit_scale=True, mininterval=1)
+        self._bar.update(num_bytes)
+        if self._bar.n >= self.total:
+            self._bar.close()
 
 
 def _merge(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """Nested dicts with no leaf in common, as one."""
-    both = {key: _merge(a[key], b[key]) for key in a.keys() & b.keys()}
-    return {**a, **b, **both}
+    return {**a, **b, **{key: _merge(a[key], b[key]) for key in a.keys() & b.keys()}}

@@ -75,13 +75,13 @@ def _moe_source(config: ModelConfig, prefix: str, name: str) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A parameter that is still in the files: an array as far as its shape and dtype go, read by indexing it or by
-    `np.asarray`.
+    """A parameter that is still in the files: an array as far as its shape and dtype go, which indexing it, `np.asarray`
+    or `jnp.asarray` reads.
 
     Attributes:
       shape, dtype: of the parameter here.
       experts: the expert in each row, -1 for none; None: not a parameter of experts.
-      read: called with the bytes of each matrix that was read.
+      count: called with the number of bytes of each part that was read.
     """
 
     checkpoint: Checkpoint
@@ -90,7 +90,7 @@ class Stored:
     shape: tuple[int, ...]
     dtype: np.dtype
     experts: tuple[int, ...] | None
-    read: Callable[[int], Any]
+    count: Callable[[int], Any]
 
     @property
     def ndim(self) -> int:
@@ -127,7 +127,7 @@ class Stored:
         part = whole[index]
         out = _aligned(part.shape, self.dtype)
         np.copyto(out, part, casting="unsafe")
-        self.read(out.nbytes)
+        self.count(out.nbytes)
         return out
 
     def _tensor(self, expert: int | None, shape: tuple[int, ...]) -> np.ndarray:
