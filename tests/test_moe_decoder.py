@@ -13,10 +13,10 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from greedy import NEW_TOKENS, PROMPTS, WIDTH, advance, on_ranks
 from safetensors.numpy import load_file, save_file
 
 import jax_nixlep as nx
-from jax_nixlep.placement import identity_placement
 
 try:
     import moe_decoder
@@ -31,9 +31,6 @@ except ImportError:
 # transformers tells the user of a renamed argument, from its own code.
 pytestmark = pytest.mark.filterwarnings("default")
 
-NEW_TOKENS = 32
-CACHE = 48
-PROMPTS = [list(np.random.default_rng(0).integers(3, 90, n)) for n in (11, 3, 8, 1, 6)]
 SMALL = {
     "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "max_position_embeddings": 64, "eos_token_id": None, "bos_token_id": None, "pad_token_id": None,
@@ -73,8 +70,8 @@ CASES = {
         "attention_bias": True, "norm_topk_prob": False, "routed_scaling_factor": 1.5,
     }),
     "gpt-oss-full": ("GptOss", SMALL | {
-        "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 1, "layer_types": ["full_attention"] * 2,
-        "swiglu_limit": 0.5,
+        "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 1,
+        "layer_types": ["full_attention"] * 2, "swiglu_limit": 0.5,
     }),
 }  # fmt: skip
 FAMILIES = list(CASES)[:5]
@@ -133,51 +130,6 @@ def references(tmp_path_factory):
     return reference
 
 
-def advance(model, step, weights, prompts, num_rows):
-    """Greedy texts of `prompts` in the first of `num_rows` rows -> logits [prompts, NEW_TOKENS, V], tokens."""
-    lengths = np.array([len(p) for p in prompts] + [0] * (num_rows - len(prompts)), np.int32)
-    tokens = np.zeros((num_rows, max(map(len, PROMPTS))), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    start, live, cache = np.zeros_like(lengths), lengths, model.empty_cache(num_rows, CACHE)
-    logits, chosen = [], []
-    for _ in range(NEW_TOKENS):
-        out, cache = step(*weights, tokens, start, live, cache)
-        logits.append(np.asarray(out)[: len(prompts)])
-        chosen.append(logits[-1].argmax(-1))
-        start, live = start + live, np.minimum(lengths, 1)
-        tokens = np.zeros((num_rows, 1), np.int32)
-        tokens[: len(prompts), 0] = chosen[-1]
-    return np.stack(logits, 1), np.stack(chosen, 1)
-
-
-def rank_texts(job, folder, dtype=None):
-    """Greedy texts of this rank's prompts, by its own experts and those of the other ranks."""
-    model = moe_decoder.load(folder, dtype=dtype)
-    rows = -(-len(PROMPTS) // job.num_ranks)
-    per_rank = -(-model.num_experts // job.num_ranks)
-    group = job.initialize(model.ep_config(job.num_ranks, per_rank, rows * max(map(len, PROMPTS))))
-    first = job.rank * per_rank
-    mine = [e if e < model.num_experts else -1 for e in range(first, first + per_rank)]
-    placement = identity_placement(model.num_experts, group.members, per_rank)
-    weights = model.place(model.load_dense()), model.place(model.load_experts(mine)), placement
-    step = jax.jit(model.forward)
-    out = advance(model, step, weights, PROMPTS[job.rank :: job.num_ranks], rows)
-    assert step._cache_size() == 2, "prefill and decode, once each"
-    return out
-
-
-def on_ranks(pools, num_ranks, folder, dtype=None):
-    parts = pools(num_ranks).run(rank_texts, folder, dtype)
-    out = []
-    for each in zip(*parts, strict=True):
-        whole = np.empty((len(PROMPTS), *each[0].shape[1:]), each[0].dtype)
-        for rank, part in enumerate(each):
-            whole[rank::num_ranks] = part
-        out.append(whole)
-    return out
-
-
 def error(got, want):
     return (np.abs(got - want).max(-1) / np.abs(want).max(-1)).max()
 
@@ -200,7 +152,7 @@ def test_sharded_over_a_mesh(case, references):
     mesh = jax.make_mesh((2, 2, 2), ("dp", "ep", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     model = moe_decoder.load(want.folder, mesh=mesh, tensor_axis="tp")
     slots = -(-model.num_experts // 2) * 2
-    nx.initialize(model.ep_config(2, slots // 2, 2 * max(map(len, PROMPTS))), mesh=mesh, timeout_s=60)
+    nx.initialize(model.ep_config(2, slots // 2, 2 * WIDTH), mesh=mesh, timeout_s=120)
     try:
         experts = [e if e < model.num_experts else -1 for e in range(slots)]
         dense, experts = model.place(model.load_dense()), model.place(model.load_experts(experts))

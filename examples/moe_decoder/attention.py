@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
 from moe_decoder.config import ModelConfig, Rope
 
-Make = Callable[..., nnx.Param]  # make(shape, axes, init=...): a parameter with logical axis names
+Make = Callable[[tuple[int, ...], tuple[str | None, ...]], nnx.Param]  # of a shape, with logical axis names
 
 
 class Cache(NamedTuple):
@@ -77,12 +78,14 @@ def remember(cache: Cache, where: Where, keys: jax.Array, values: jax.Array) -> 
     length = cache.keys.shape[1]
     rows = jnp.arange(keys.shape[0])[:, None]
     at = jnp.where(where.live, where.positions, length)  # past the end: dropped
-    return Cache(*(old.at[rows, at].set(new.astype(old.dtype), mode="drop") for old, new in zip(cache, (keys, values), strict=True)))
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[rows, at].set(new.astype(old.dtype), mode="drop")
+
+    return Cache(put(cache.keys, keys), put(cache.values, values))
 
 
-def probabilities(
-    scores: jax.Array, where: Where, window: int | None, sinks: jax.Array | None = None
-) -> jax.Array:
+def probabilities(scores: jax.Array, where: Where, window: int | None, sinks: jax.Array | None = None) -> jax.Array:
     """Softmax of scores [B, K, G, S, N] over the positions N that each of S tokens may see.
 
     sinks [K, G]: one more score for each head, for a position that has no value.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+
 from moe_decoder.config import read_json
 
 _DTYPES = {

@@ -1,4 +1,4 @@
-"""What a Hugging Face `config.json` says about a model, in the terms of this decoder: one dataclass for all families."""
+"""What a Hugging Face `config.json` says of a model, in the terms of this decoder: one dataclass for all families."""
 
 from __future__ import annotations
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from moe_decoder.attention import Attention, Cache, LatentAttention, Where, cache_shapes, rms_norm
-from moe_decoder.config import ModelConfig
 
 import jax_nixlep as nx
 from jax_nixlep.flax.nnx import NixlEpMoE, logical_axis_rules
 from jax_nixlep.moe import Backend
+from moe_decoder.attention import Attention, Cache, LatentAttention, Where, cache_shapes, rms_norm
+from moe_decoder.config import ModelConfig
 
 Rules = tuple[tuple[str, Any], ...]
 

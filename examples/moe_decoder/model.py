@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from moe_decoder.attention import Cache, Where
-from moe_decoder.checkpoint import Checkpoint
-from moe_decoder.config import read_config
-from moe_decoder.decoder import Decoder, Layout, empty_cache
-from moe_decoder.parameters import Stored, as_dtype, is_expert, source_of
-from moe_decoder.tokenizer import Tokenizer
 from tqdm import tqdm
 
 import jax_nixlep as nx
 from jax_nixlep.moe import Backend
 from jax_nixlep.weights import unflatten
+from moe_decoder.attention import Cache, Where
+from moe_decoder.checkpoint import Checkpoint
+from moe_decoder.config import read_config
+from moe_decoder.decoder import Decoder, Layout, empty_cache
+from moe_decoder.parameters import Stored, is_expert, source_of
+from moe_decoder.tokenizer import Tokenizer
 
 
 def load(
@@ -146,7 +146,7 @@ class Model:
         lengths: jax.Array,
         cache: list[Cache],
     ) -> tuple[jax.Array, list[Cache]]:
-        """One step of a batch, prefill or decode. Pure, to be compiled; a collective of the group that `ep_config` is for.
+        """One step of a batch, prefill or decode. Pure, to be compiled; a collective of the group of `ep_config`.
 
         Ranks of one step may bring different S, while B * S is at most `tokens_per_rank`.
 
@@ -205,7 +205,7 @@ class Model:
             path = tuple(name.split("/"))
             if is_expert(path) == (experts is not None):
                 shape = variable.shape if experts is None else (len(experts), *variable.shape[1:])
-                source, dtype = source_of(self.config, path), as_dtype(variable.dtype)
+                source, dtype = source_of(self.config, path), np.dtype(variable.dtype)
                 stored[name] = Stored(self._checkpoint, self.config, source, shape, dtype, experts, count)
         count.total = sum(value.nbytes for value in stored.values())
         return unflatten(stored)

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+
 from moe_decoder.checkpoint import Checkpoint, dequantize_fp8, dequantize_mxfp4
 from moe_decoder.config import ModelConfig
 
@@ -75,8 +75,8 @@ def _moe_source(config: ModelConfig, prefix: str, name: str) -> Source:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A parameter that is still in the files: an array as far as its shape and dtype go, which indexing it, `np.asarray`
-    or `jnp.asarray` reads.
+    """A parameter that is still in the files: an array as far as its shape and dtype go; indexing it, `np.asarray` and
+    `jnp.asarray` read it.
 
     Attributes:
       shape, dtype: of the parameter here.
@@ -110,23 +110,15 @@ class Stored:
           ValueError: the tensor is missing or of another shape; names its file, and what to do.
         """
         index = tuple(index)
+        out = _aligned(_sliced(self.shape, index), self.dtype)
         if self.experts is None:
-            return self._part(None, self.shape, index)
-        rows, inner = (self.experts[index[0]], index[1:]) if index else (self.experts, ())
-        shape = _sliced(self.shape[1:], inner)
-        out = _aligned((len(rows), *shape), self.dtype)
-        for row, expert in enumerate(rows):
-            if expert < 0:
-                out[row] = 0
-            else:
-                out[row] = self._part(expert, self.shape[1:], inner)
-        return out
-
-    def _part(self, expert: int | None, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-        whole = self._tensor(expert, shape)
-        part = whole[index]
-        out = _aligned(part.shape, self.dtype)
-        np.copyto(out, part, casting="unsafe")
+            np.copyto(out, self._tensor(None, self.shape)[index], casting="unsafe")
+        else:
+            for row, expert in zip(out, self.experts[index[0] if index else slice(None)], strict=True):
+                if expert < 0:
+                    row[...] = 0
+                else:
+                    np.copyto(row, self._tensor(expert, self.shape[1:])[index[1:]], casting="unsafe")
         self.count(out.nbytes)
         return out
 
@@ -174,7 +166,3 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 def _sliced(shape: tuple[int, ...], index: tuple[slice, ...]) -> tuple[int, ...]:
     parts = [len(range(*part.indices(size))) for size, part in zip(shape, index, strict=False)]
     return (*parts, *shape[len(parts) :])
-
-
-def as_dtype(name: str) -> np.dtype:
-    return np.dtype(jnp.dtype(name))
