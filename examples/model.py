@@ -38,11 +38,13 @@ class Layout:
     """Where the model runs.
 
     Attributes:
-      ranks: ranks over which the experts are spread; it divides the number of experts.
+      ranks: ranks over which the experts are spread, at most; it divides the number of experts unless `slots` is given.
       tokens_per_rank: tokens that a rank brings to one call, at most.
       mesh: the mesh whose axis "ep" the ranks are; None if each rank is a process by itself.
       dense: no expert parallelism: one process, one device, `ranks` is 1.
       dtype: of all parameters, and of all values outside the experts, which are float32.
+      slots: experts that a rank has room for; None: each expert has one place.
+      rank: whose experts a new model holds; None: this process's.
     """
 
     ranks: int
@@ -50,13 +52,15 @@ class Layout:
     mesh: jax.sharding.Mesh | None = None
     dense: bool = False
     dtype: str = "float32"
+    slots: int | None = None
+    rank: int | None = None
 
     def ep_config(self, config: ModelConfig) -> nx.EpConfig:
-        if config.experts % self.ranks:
+        if self.slots is None and config.experts % self.ranks:
             raise ValueError(f"ranks must divide the {config.experts} experts; got {self.ranks}")
         return nx.EpConfig(
             max_ranks=self.ranks,
-            experts_per_rank=config.experts // self.ranks,
+            experts_per_rank=self.slots or config.experts // self.ranks,
             max_tokens_per_rank=self.tokens_per_rank,
             hidden=config.hidden,
             top_k=config.top_k,
@@ -124,15 +128,21 @@ class Block(nnx.Module):
             mesh=layout.mesh,
             backend="xla" if layout.dense else "native",
             param_dtype=layout.dtype,
+            rank=layout.rank,
             rngs=rngs,
         )
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, cache: Cache | None, live: jax.Array | None
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        cache: Cache | None,
+        live: jax.Array | None,
+        placement: nx.Placement | None,
     ) -> tuple[jax.Array, Cache, nx.MoeAux]:
         y, cache = self.attention(self.norm_attention(x), positions, cache)
         x = x + y
-        y, aux = self.moe(self.norm_moe(x), token_mask=live)
+        y, aux = self.moe(self.norm_moe(x), live, placement)
         return x + y, cache, aux
 
 
@@ -157,6 +167,7 @@ class ByteLM(nnx.Module):
         positions: jax.Array | None = None,
         cache: list[Cache] | None = None,
         live: jax.Array | None = None,
+        placement: nx.Placement | None = None,
     ) -> Output:
         """
         Args:
@@ -164,13 +175,14 @@ class ByteLM(nnx.Module):
           positions: [B, S] int32, or None for 0 to S - 1 in every row.
           cache: what earlier calls returned, to which these tokens are added; None to look at these tokens only.
           live: [B, S] bool, False for padding, which goes to no expert.
+          placement: where the experts are; None: expert e is in slot e.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = self.embed(tokens.astype(jnp.int32))
         caches, router_loss = [], jnp.zeros(())
         for i, block in enumerate(self.blocks):
-            x, layer_cache, aux = block(x, positions, None if cache is None else cache[i], live)
+            x, layer_cache, aux = block(x, positions, None if cache is None else cache[i], live, placement)
             caches.append(layer_cache)
             router_loss += aux.loss
         return Output(self.embed.attend(self.norm(x)), caches, router_loss)
