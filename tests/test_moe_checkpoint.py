@@ -13,22 +13,25 @@ import ml_dtypes
 import moe_decoder
 import numpy as np
 import pytest
-import tokenizers
+from checkpoints import (
+    EXPERT,
+    EXPERTS,
+    HIDDEN,
+    LAYERS,
+    MIXTRAL,
+    VOCAB,
+    mixtral_tensors,
+    write_config,
+    write_shards,
+    write_tokenizer,
+)
 from moe_decoder.attention import frequencies
 from moe_decoder.checkpoint import dequantize_fp8, dequantize_mxfp4
 from moe_decoder.config import read_config
-from safetensors.numpy import save_file
 
 import jax_nixlep as nx
 from jax_nixlep.weights import flatten
 
-HIDDEN, EXPERT, VOCAB, LAYERS, EXPERTS = 16, 24, 20, 2, 4
-MIXTRAL = {
-    "model_type": "mixtral", "vocab_size": VOCAB, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": EXPERT, "num_local_experts": EXPERTS,
-    "num_experts_per_tok": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
-    "torch_dtype": "float32", "eos_token_id": 2,
-}  # fmt: skip
 COMMON = {name: MIXTRAL[name] for name in MIXTRAL if not name.startswith(("model", "inter", "num_local"))}
 DEEPSEEK = COMMON | {
     "model_type": "deepseek_v3", "intermediate_size": 40, "moe_intermediate_size": 8, "n_routed_experts": 16,
@@ -39,45 +42,6 @@ DEEPSEEK = COMMON | {
                      "beta_slow": 1, "original_max_position_embeddings": 4096},
     "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]},
 }  # fmt: skip
-
-
-def write_config(folder, values):
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(values))
-    return folder
-
-
-def mixtral_tensors(dtype=np.float32, hidden=HIDDEN, expert=EXPERT, layers=LAYERS):
-    """Every value differs from the others of its layer."""
-    rng = np.random.default_rng(0)
-
-    def make(*shape):
-        return rng.standard_normal(shape, np.float32).astype(dtype)
-
-    tensors = {
-        "model.embed_tokens.weight": make(VOCAB, hidden), "model.norm.weight": make(hidden),
-        "lm_head.weight": make(VOCAB, hidden),
-    }  # fmt: skip
-    for i in range(layers):
-        layer, half = f"model.layers.{i}.", hidden // 2
-        shapes = {"q_proj": (hidden, hidden), "k_proj": (half, hidden), "v_proj": (half, hidden)}
-        for name, shape in {**shapes, "o_proj": (hidden, hidden)}.items():
-            tensors[f"{layer}self_attn.{name}.weight"] = make(*shape)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{layer}{name}.weight"] = make(hidden)
-        tensors[f"{layer}block_sparse_moe.gate.weight"] = make(EXPERTS, hidden)
-        for e in range(EXPERTS):
-            for name, shape in (("w1", (expert, hidden)), ("w2", (hidden, expert)), ("w3", (expert, hidden))):
-                tensors[f"{layer}block_sparse_moe.experts.{e}.{name}.weight"] = make(*shape)
-    return tensors
-
-
-def write_shards(folder, tensors, count=3):
-    where = {name: f"model-{i % count:05}.safetensors" for i, name in enumerate(tensors)}
-    for file in set(where.values()):
-        save_file({name: value for name, value in tensors.items() if where[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    return where
 
 
 @pytest.fixture(scope="module")
@@ -237,12 +201,7 @@ def test_mxfp4_values_have_their_exponents():
 
 
 def test_text_and_conversations(mixtral, broken):
-    words = {"<s>": 0, "hello": 1, "user": 2, ":": 3, "assistant": 4, "?": 5}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(["<s>"])
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer.save(str(broken / "tokenizer.json"))
+    write_tokenizer(broken)
     model = moe_decoder.load(broken)
     assert model.encode("hello user") == [0, 1, 2] and model.decode([0, 1, 2]) == "hello user"
     with pytest.raises(FileNotFoundError, match="must have a chat template"):
