@@ -1,10 +1,11 @@
-"""Continues prompts with the model that train_lm.py wrote.
+"""Continues prompts with a mixture-of-experts model whose experts are spread over processes of this machine.
 
-    python examples/generate.py --checkpoint out --prompt "def " "class "
+    python examples/generate.py --model FOLDER --prompt "The capital of France is" "def main("   # Hugging Face
+    python examples/generate.py --checkpoint out --prompt "def " "class "                        # of train_lm.py
 
-starts 4 independent JAX processes on this machine. Each loads its own part of the experts and takes its own part of the
-prompts; in every layer they exchange tokens over jax_nixlep. A process without a prompt takes part with zero tokens.
-The text that follows the first prompt is printed as it comes.
+starts 4 independent JAX processes. Each loads its own part of the experts and takes its own part of the prompts; in
+every layer they exchange tokens over jax_nixlep. A process without a prompt takes part with zero tokens. The text that
+follows the first prompt is printed as it comes.
 """
 
 from __future__ import annotations
@@ -20,122 +21,147 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import jax.numpy as jnp
+import moe_decoder
 import numpy as np
-from flax import nnx
-from model import Cache, Layout, empty_cache, load_checkpoint, read_config
+from serving.byte_model import ByteModel
+from serving.detokenizer import Detokenizer
+from serving.model import Model, find_checkpoint
+from serving.program import Batch, compile_steps
 from tqdm import tqdm
 
 import jax_nixlep as nx
 from jax_nixlep.launch import RankEnv, rank_env, run
+from jax_nixlep.placement import identity_table, table_placement
 from jax_nixlep.store import connect
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> tuple[argparse.Namespace, Model, list[list[int]]]:
+    """The options, the model (without weights), and the prompts as tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", type=Path, help="folder of Hugging Face: config.json, safetensors, tokenizer.json")
+    which.add_argument("--checkpoint", type=Path, default=Path("out"), help="file, or --out of train_lm.py")
     prompts = ["def ", "class ", "import ", "    return "]
     parser.add_argument("--prompt", nargs="+", default=prompts, metavar="TEXT")
-    parser.add_argument("--checkpoint", type=Path, default=Path("out"), help="file, or --out of train_lm.py")
-    parser.add_argument("--ranks", type=int, default=4, help="processes; it divides the model's experts")
-    parser.add_argument("--steps", type=int, default=200, help="bytes to add to each prompt")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest byte")
+    parser.add_argument("--chat", action="store_true", help="prompts are messages to the model, which answers")
+    parser.add_argument("--ranks", type=int, default=4, help="processes over which the experts are spread")
+    parser.add_argument("--steps", type=int, default=200, help="tokens to add to each prompt, at most")
+    parser.add_argument("--length", type=int, help="of the cache; default: what the prompts and --steps need")
+    parser.add_argument("--dtype", help="of the parameters of --model; default: the checkpoint's")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest of this probability")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
-    if args.checkpoint.is_dir():
-        args.checkpoint /= "checkpoint.safetensors"
-    if not args.checkpoint.exists():
-        parser.error(f"--checkpoint must exist; got {args.checkpoint}; run examples/train_lm.py first")
-    if "" in args.prompt or args.steps < 1 or args.temperature < 0:
-        parser.error("--prompt must not be empty, --steps at least 1, --temperature at least 0")
-    experts = read_config(args.checkpoint).experts
-    if args.ranks < 1 or experts % args.ranks:
-        parser.error(f"--ranks must divide the model's {experts} experts; got {args.ranks}")
-    return args
-
-
-def generate(args: argparse.Namespace, env: RankEnv, prompts: dict[int, bytes]) -> Iterator[np.ndarray]:
-    """Yields the next byte of each of this rank's prompts, `args.steps` times: [rows], first those of `prompts`.
-
-    `prompts` are by their number in the whole job. All ranks run the same programs, so all have as many rows.
-    """
-    config = read_config(args.checkpoint)
-    rows, width = -(-len(args.prompt) // env.num_ranks), max(len(text.encode()) for text in args.prompt)
-    layout = Layout(env.num_ranks, rows * width)
-    nx.initialize(layout.ep_config(config))
-    graph, params = nnx.split(load_checkpoint(args.checkpoint, config, layout, env.rank))
-
-    @jax.jit(donate_argnums=1)
-    def advance(
-        params: nnx.State, cache: list[Cache], tokens: jax.Array, start: jax.Array, lengths: jax.Array, seeds: jax.Array
-    ) -> tuple[jax.Array, list[Cache]]:
-        """Reads tokens [rows, S], of which lengths [rows] are real, at positions from start [rows] on."""
-        offsets = jnp.arange(tokens.shape[1])
-        live = offsets < lengths[:, None]
-        out = nnx.merge(graph, params)(tokens, start[:, None] + offsets, cache, live)
-        logits = out.logits[jnp.arange(rows), lengths - 1]
-        if args.temperature == 0:
-            return logits.argmax(-1), out.cache
-        keys = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
-            seeds, start + lengths
+    if "" in args.prompt or args.steps < 1 or args.ranks < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
+        parser.error(
+            "--prompt must not be empty, --steps and --ranks at least 1, --temperature at least 0, --top-p in (0, 1]"
         )
-        return jax.vmap(jax.random.categorical)(keys, logits / args.temperature), out.cache
+    if args.chat and not args.model:
+        parser.error("--chat must come with --model; got none; a model of train_lm.py knows no conversations")
+    try:
+        env = rank_env()
+        quiet = env is None or env.rank != 0
+        model = (
+            moe_decoder.load(args.model, dtype=args.dtype, progress=not quiet)
+            if args.model
+            else ByteModel(find_checkpoint(args.checkpoint))
+        )
+        if args.chat:
+            tokens = [model.apply_chat([{"role": "user", "content": text}]) for text in args.prompt]
+        else:
+            tokens = [model.encode(text) for text in args.prompt]
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    if [] in tokens:
+        parser.error(f"--prompt must be at least a token; got {args.prompt[tokens.index([])]!r}; write more")
+    needed = max(map(len, tokens)) + args.steps
+    args.length = needed if args.length is None else args.length
+    if args.length < needed:
+        parser.error(
+            f"--length must be at least {needed}, the longest prompt and --steps; got {args.length}; raise it, or "
+            "lower --steps"
+        )
+    return args, model, tokens
 
-    tokens, lengths, seeds = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-    for row, (number, text) in enumerate(prompts.items()):
-        tokens[row, : len(text)] = list(text)
-        lengths[row], seeds[row] = len(text), args.seed + number
-    cache = empty_cache(config, rows, width + args.steps)
-    last, cache = advance(params, cache, tokens, np.zeros_like(lengths), lengths, seeds)
-    yield np.asarray(last)
-    one = np.minimum(lengths, 1)
-    for step in range(args.steps - 1):
-        last, cache = advance(params, cache, last[:, None], lengths + step, one, seeds)
-        yield np.asarray(last)
+
+def generate(
+    args: argparse.Namespace, model: Model, env: RankEnv, prompts: list[list[int]]
+) -> Iterator[tuple[dict[int, int], float]]:
+    """Yields, `args.steps` times, the next token of each of this rank's prompts, by number, and the seconds taken.
+
+    All ranks run the same programs, so all have as many rows. A row whose text has ended takes no part any more.
+    """
+    mine = range(env.rank, len(prompts), env.num_ranks)
+    rows, width = -(-len(prompts) // env.num_ranks), max(map(len, prompts))
+    per_rank = -(-model.num_experts // env.num_ranks)
+    config = model.ep_config(env.num_ranks, per_rank, rows * width)
+    programs = compile_steps(model, config, rows, (width, 1), args.length)
+    table = identity_table(model.num_experts, range(env.num_ranks), per_rank, env.num_ranks)
+    experts = model.load_experts(table[env.rank * per_rank : (env.rank + 1) * per_rank].tolist())
+    weights = [
+        jax.tree.map(lambda w: jax.device_put(np.asarray(w), may_alias=True), tree)
+        for tree in (model.load_dense(), experts)
+    ]
+    nx.initialize(config)
+    placement = table_placement(table, model.num_experts, env.num_ranks)
+
+    batch = Batch.empty(rows, width)
+    for row, number in enumerate(mine):
+        batch.tokens[row, : len(prompts[number])] = prompts[number]
+        batch.lengths[row], batch.seeds[row] = len(prompts[number]), args.seed + number
+    batch.temperature[:], batch.top_p[:] = args.temperature, args.top_p
+    cache = model.empty_cache(rows, args.length)
+    for _ in range(args.steps):
+        began = time.perf_counter()
+        chosen, cache = programs[batch.tokens.shape[1]](*weights, placement, cache, batch)
+        chosen = np.asarray(chosen)
+        live = batch.lengths > 0
+        yield {mine[row]: int(chosen[row]) for row in np.flatnonzero(live)}, time.perf_counter() - began
+        live &= ~np.isin(chosen, list(model.eos_ids))
+        batch = batch._replace(tokens=chosen[:, None], start=batch.start + batch.lengths, lengths=live.astype(np.int32))
 
 
 def main() -> None:
-    args = parse_args()
+    args, model, prompts = parse_args()
     env = rank_env()
     if env is None:
         threads = max(1, len(os.sched_getaffinity(0)) // args.ranks)
         sys.exit(run(sys.argv, args.ranks, env={"NPROC": str(threads)}))
 
-    texts = {i: args.prompt[i].encode() for i in range(env.rank, len(args.prompt), env.num_ranks)}
-    printed, times = 0, []
-    quiet = env.rank != 0
-    for new in tqdm(
-        generate(args, env, dict(texts)), "generate", args.steps, mininterval=2, unit="byte", disable=quiet
-    ):
-        texts = {i: text + bytes([byte]) for (i, text), byte in zip(texts.items(), new, strict=False)}
-        times.append(time.perf_counter())
-        if env.rank == 0:  # prompt 0 is its; in whole lines, as the launcher prints them
-            *lines, _ = texts[0][printed:].split(b"\n")
-            for line in lines:
-                print(line.decode("utf-8", "replace"), flush=True)
-                printed += len(line) + 1
+    added: dict[int, list[int]] = {number: [] for number in range(env.rank, len(prompts), env.num_ranks)}
+    stream, line, times = Detokenizer(model), "" if args.chat else args.prompt[0], []
+    steps = generate(args, model, env, prompts)
+    for new, seconds in tqdm(steps, "generate", args.steps, mininterval=2, unit="token", disable=env.rank != 0):
+        times.append(seconds)
+        for number, token in new.items():
+            if token not in model.eos_ids:
+                added[number].append(token)
+        if 0 in new and new[0] not in model.eos_ids:  # printed in whole lines, as the launcher does
+            *lines, line = (line + stream.push(new[0])).split("\n")
+            for text in lines:
+                print(text, flush=True)
     nx.shutdown()
 
     # The ranks share no memory and no jax.distributed: they meet in the launcher's store.
     with connect(env.store) as store:
-        decoded = {i: text.decode("utf-8", "replace") for i, text in texts.items()}
-        store.put(f"texts/{env.rank}", json.dumps(decoded).encode())
+        store.put(f"texts/{env.rank}", json.dumps(added).encode())
         if env.rank != 0:
             return
         found = store.wait([f"texts/{rank}" for rank in range(env.num_ranks)], timeout_s=60.0)
-    whole = {int(i): text for value in found.values() for i, text in json.loads(value).items()}
-    print(texts[0][printed:].decode("utf-8", "replace"))
-    for i in range(1, len(whole)):
-        print(f"--- prompt {i}\n{whole[i]}")
-    compiled = min(2, len(times) - 1)  # the first bytes of prefill and of decode wait for their compilation
-    rate = (len(times) - 1 - compiled) * len(whole) / max(times[-1] - times[compiled], 1e-9)
-    print(f"{rate:,.0f} bytes/s on {env.num_ranks} ranks")
+    print(line + stream.finish())
+    whole = {int(i): ids for value in found.values() for i, ids in json.loads(value).items()}
+    texts = [args.prompt[i] * (not args.chat) + model.decode(whole[i]) for i in range(len(prompts))]
+    for i, text in enumerate(texts[1:], 1):
+        print(f"--- prompt {i}\n{text}")
     result = {
-        "completions": [{"prompt": text, "text": whole[i]} for i, text in enumerate(args.prompt)],
-        "tokens_per_s": rate,
+        "completions": [{"prompt": p, "text": text} for p, text in zip(args.prompt, texts, strict=True)],
+        "prefill_tokens_per_s": sum(map(len, prompts)) / times[0],
+        "tokens_per_s": sum(len(ids) - 1 for ids in whole.values()) / max(sum(times[1:]), 1e-9),
         "ranks": env.num_ranks,
         "steps": args.steps,
     }
+    print("prefill {prefill_tokens_per_s:,.0f} tokens/s, decode {tokens_per_s:,.0f} on {ranks} ranks".format(**result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

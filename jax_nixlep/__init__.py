@@ -7,6 +7,7 @@ from jax_nixlep.config import EpConfig as EpConfig
 from jax_nixlep.dispatch import dispatch as dispatch
 from jax_nixlep.elastic import Change as Change
 from jax_nixlep.elastic import ElasticError as ElasticError
+from jax_nixlep.experts import ClampedSwiGLU as ClampedSwiGLU
 from jax_nixlep.group import EpGroup as EpGroup
 from jax_nixlep.group import current_group as current_group
 from jax_nixlep.group import initialize as initialize

@@ -192,6 +192,8 @@ def _layer(
             send = functools.partial(dispatch, config=config)
         received = send(x, slots, weights, recv_capacity=recv_capacity, after=after)
         experts = {name: params.get(name) for name in _EXPERT_PARAMS}
+        if tensor_axis is not None and "bo" in params:  # results are summed over that axis: one part has the bias
+            experts["bo"] = jnp.where(jax.lax.axis_index(tensor_axis) == 0, params["bo"], 0)
         out = grouped_mlp(received.tokens, received.group_sizes, activation=activation, **experts)
         if backend == "xla":
             y = reference.combine(out, received.handle, config=config, axis=_reference_axis(axis, manual))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import MIXTRAL, mixtral_tensors, write_config, write_shards, write_tokenizer
 from ranks import child_env
 from safetensors import safe_open
 
@@ -62,7 +63,7 @@ def test_every_number_of_ranks_generates_the_same_text(trained):
         options = ["--checkpoint", out, "--ranks", ranks, "--steps", 12, "--json", out / f"{ranks}.json"]
         done = run_example("generate.py", *options, "--prompt", *prompts, JAX_LOG_COMPILES="1")
         assert done.returncode == 0, done.stderr
-        compiled = done.stderr.count("Finished XLA compilation of jit(advance)")
+        compiled = done.stderr.count("Finished XLA compilation of jit(step)")
         assert compiled == 2 * ranks, "prefill and decode, once each"
         results.append(json.loads((out / f"{ranks}.json").read_text()))
         assert results[-1]["ranks"] == ranks and results[-1]["tokens_per_s"] > 0
@@ -77,6 +78,37 @@ def test_a_rank_without_a_prompt_takes_part(trained):
     done = run_example("generate.py", *options, "--prompt", "while ")
     assert done.returncode == 0, done.stderr
     assert "while " in done.stdout
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory):
+    folder = write_config(tmp_path_factory.mktemp("mixtral"), MIXTRAL)
+    write_shards(folder, mixtral_tensors())
+    write_tokenizer(folder)
+    return folder
+
+
+def test_a_folder_of_hugging_face_continues_texts(mixtral):
+    results = []
+    for ranks in (1, 3):  # of 4 experts
+        out = mixtral / f"{ranks}.json"
+        options = ["--model", mixtral, "--ranks", ranks, "--steps", 6, "--json", out]
+        done = run_example("generate.py", *options, "--prompt", "hello user", "hello")
+        assert done.returncode == 0, done.stderr
+        assert "experts: 100%" in done.stderr and "prefill" in done.stdout
+        results.append(json.loads(out.read_text()))
+        assert results[-1]["prefill_tokens_per_s"] > 0 and results[-1]["tokens_per_s"] > 0
+    assert results[0]["completions"] == results[1]["completions"]
+    assert results[0]["completions"][0]["text"].startswith("hello user")
+
+
+def test_a_folder_of_hugging_face_has_bounds(mixtral):
+    done = run_example("generate.py", "--model", mixtral, "--prompt", "hello", "--steps", 6, "--length", 7)
+    assert done.returncode == 2 and "--length must be at least 8" in done.stderr
+    done = run_example("generate.py", "--model", mixtral, "--prompt", "hello", "--chat")
+    assert done.returncode == 2 and "must have a chat template" in done.stderr
+    done = run_example("generate.py", "--model", mixtral / "nowhere")
+    assert done.returncode == 2 and "config.json must exist" in done.stderr
 
 
 @pytest.mark.parametrize(

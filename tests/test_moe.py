@@ -116,7 +116,7 @@ def mesh_job(shape, names, **options):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), names)
     config = make_config(mesh.shape["ep"], **options.pop("config", {}))
     group = nx.initialize(config, mesh=mesh, axis="ep", timeout_s=30)
-    params, x = make_params(biases=tensor_axis is None), make_tokens()
+    params, x = make_params(biases=True), make_tokens()
     mask = np.random.default_rng(2).random(x.shape[:2]) < 0.8
 
     def run(backend, **more):
