@@ -30,7 +30,7 @@ from moe_decoder.checkpoint import dequantize_fp8, dequantize_mxfp4
 from moe_decoder.config import read_config
 
 import jax_nixlep as nx
-from jax_nixlep.weights import flatten
+from jax_nixlep.elastic.weights import flatten
 
 COMMON = {name: MIXTRAL[name] for name in MIXTRAL if not name.startswith(("model", "inter", "num_local"))}
 DEEPSEEK = COMMON | {

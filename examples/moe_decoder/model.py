@@ -14,8 +14,8 @@ from flax import nnx
 from tqdm import tqdm
 
 import jax_nixlep as nx
+from jax_nixlep.elastic.weights import unflatten
 from jax_nixlep.moe import Backend
-from jax_nixlep.weights import unflatten
 from moe_decoder.attention import Cache, Where
 from moe_decoder.checkpoint import Checkpoint
 from moe_decoder.config import read_config
