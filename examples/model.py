@@ -198,17 +198,3 @@ def save_checkpoint(path: Path, config: ModelConfig, params: nnx.State) -> None:
 def read_config(path: Path) -> ModelConfig:
     with safe_open(path, "numpy") as file:
         return ModelConfig(**json.loads(file.metadata()["model"]))
-
-
-def load_checkpoint(path: Path, config: ModelConfig, layout: Layout, rank: int) -> ByteLM:
-    """The model as one rank of `layout` holds it; reads only that rank's experts."""
-    model = nnx.eval_shape(lambda: ByteLM(config, layout, nnx.Rngs(0)))
-    with safe_open(path, "numpy") as file:
-        for where, param in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-            stored = file.get_slice(".".join(map(str, where)))
-            if param.get_metadata("out_sharding", None) and param.get_metadata("out_sharding")[0] == "exp":
-                count = param.shape[0]
-                param.set_value(jnp.asarray(stored[rank * count : (rank + 1) * count]))
-            else:
-                param.set_value(jnp.asarray(stored[:]))
-    return model
