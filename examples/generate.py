@@ -82,6 +82,11 @@ def parse_args() -> tuple[argparse.Namespace, Model, list[list[int]]]:
             f"--length must be at least {needed}, the longest prompt and --steps; got {args.length}; raise it, or "
             "lower --steps"
         )
+    if model.max_length and needed > model.max_length:
+        parser.error(
+            f"--steps and the longest prompt must be at most {model.max_length} tokens, what the model was made for; "
+            f"got {needed}; lower --steps, or cut the prompt"
+        )
     return args, model, tokens
 
 

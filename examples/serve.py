@@ -50,13 +50,15 @@ def parse_args() -> argparse.Namespace:
             args.source = {"checkpoint": str(find_checkpoint(args.checkpoint))}
         else:
             args.source = {"folder": str(args.model)}
-        experts = open_model(args.source).num_experts
+        model = open_model(args.source)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     args.name = args.name or Path(*args.source.values()).stem
-    args.experts_per_rank = args.experts_per_rank or -(-experts // max(1, args.ranks - 1))
+    args.experts_per_rank = args.experts_per_rank or -(-model.num_experts // max(1, args.ranks - 1))
     if args.chunk < 2 or min(args.ranks, args.rows, args.context, args.max_queue) < 1 or args.ranks > args.max_ranks:
         parser.error("--chunk must be at least 2, the other numbers 1, --ranks at most --max-ranks")
+    if model.max_length and args.context > model.max_length:
+        parser.error(f"--context must be at most {model.max_length}, what the model was made for; got {args.context}")
     return args
 
 

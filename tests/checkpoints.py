@@ -74,3 +74,21 @@ def write_tokenizer(folder):
     tokenizer.add_special_tokens(["<s>"])
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_chat_template(folder):
+    """For users only: a system message is refused."""
+    template = """{{ bos_token }}{% for m in messages %}
+        {% if m.role not in ["user"] %}{{ raise_exception("no " + m.role) }}{% endif %}
+        {{ m.role }} : {{ m.content + " " }}{% endfor %}
+        {% if add_generation_prompt %}assistant :{% endif %}"""
+    values = {"chat_template": template, "bos_token": {"content": "<s>"}, "unk_token": None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+
+
+def random_mixtral(folder):
+    """A folder of Hugging Face with all but a chat template."""
+    write_config(folder, MIXTRAL)
+    write_shards(folder, mixtral_tensors())
+    write_tokenizer(folder)
+    return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import MIXTRAL, mixtral_tensors, write_config, write_shards, write_tokenizer
+from checkpoints import random_mixtral
 from ranks import child_env
 from safetensors import safe_open
 
@@ -82,10 +82,7 @@ def test_a_rank_without_a_prompt_takes_part(trained):
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory):
-    folder = write_config(tmp_path_factory.mktemp("mixtral"), MIXTRAL)
-    write_shards(folder, mixtral_tensors())
-    write_tokenizer(folder)
-    return folder
+    return random_mixtral(tmp_path_factory.mktemp("mixtral"))
 
 
 def test_a_folder_of_hugging_face_continues_texts(mixtral):
@@ -105,6 +102,10 @@ def test_a_folder_of_hugging_face_continues_texts(mixtral):
 def test_a_folder_of_hugging_face_has_bounds(mixtral):
     done = run_example("generate.py", "--model", mixtral, "--prompt", "hello", "--steps", 6, "--length", 7)
     assert done.returncode == 2 and "--length must be at least 8" in done.stderr
+    done = run_example("generate.py", "--model", mixtral, "--prompt", "hello", "--steps", 63)
+    assert done.returncode == 2 and "must be at most 64 tokens" in done.stderr
+    done = run_example("serve.py", "--model", mixtral, "--context", 65)
+    assert done.returncode == 2 and "--context must be at most 64" in done.stderr
     done = run_example("generate.py", "--model", mixtral, "--prompt", "hello", "--chat")
     assert done.returncode == 2 and "must have a chat template" in done.stderr
     done = run_example("generate.py", "--model", mixtral / "nowhere")

@@ -21,6 +21,7 @@ from checkpoints import (
     MIXTRAL,
     VOCAB,
     mixtral_tensors,
+    write_chat_template,
     write_config,
     write_shards,
     write_tokenizer,
@@ -206,12 +207,7 @@ def test_text_and_conversations(mixtral, broken):
     assert model.encode("hello user") == [0, 1, 2] and model.decode([0, 1, 2]) == "hello user"
     with pytest.raises(FileNotFoundError, match="must have a chat template"):
         model.apply_chat([])
-    template = """{{ bos_token }}{% for m in messages %}
-        {% if m.role not in ["user"] %}{{ raise_exception("no " + m.role) }}{% endif %}
-        {{ m.role }} : {{ m.content + " " }}{% endfor %}
-        {% if add_generation_prompt %}assistant :{% endif %}"""
-    values = {"chat_template": template, "bos_token": {"content": "<s>"}, "unk_token": None}
-    (broken / "tokenizer_config.json").write_text(json.dumps(values))
+    write_chat_template(broken)
     model = moe_decoder.load(broken)
     assert model.apply_chat([{"role": "user", "content": "hello"}]) == [0, 2, 3, 1, 4, 3]
     with pytest.raises(ValueError, match="apply_chat: messages must suit the model's template; got no system"):

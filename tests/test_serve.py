@@ -1,6 +1,7 @@
 """examples/serve.py, as clients of OpenAI's package and of vLLM's control see it."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from checkpoints import random_checkpoint
+from checkpoints import random_checkpoint, random_mixtral, write_chat_template
 from ranks import child_env
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "serve.py"
@@ -33,11 +34,11 @@ def wait_until(done, timeout_s=120):
 class Server:
     """A server in a process of its own."""
 
-    def __init__(self, checkpoint, log, *options):
+    def __init__(self, log, *options):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, str(SCRIPT), "--checkpoint", str(checkpoint), "--name", "tiny", "--port", str(port)]
+        command = [sys.executable, str(SCRIPT), "--name", "tiny", "--port", str(port)]
         self._log = log
         with log.open("wb") as out:
             env = child_env(SERVE_CONTROL_TOKEN=TOKEN)
@@ -73,27 +74,28 @@ class Server:
             self.process.kill()
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("server")
+@contextlib.contextmanager
+def serving(folder, **options):
+    """A server with these options, that serves."""
     # A busy machine must not make ranks give each other up: that is not what is tested here.
-    sizes = {
-        "ranks": 2,
-        "max-ranks": 4,
-        "experts-per-rank": 6,
-        "rows": 8,
-        "context": 128,
-        "max-queue": 80,
-        "detect": 10,
-    }
-    options = [word for name, value in sizes.items() for word in (f"--{name}", value)]
-    server = Server(random_checkpoint(folder), folder / "log", *options)
+    options |= {"ranks": 2, "experts_per_rank": 6, "detect": 10}
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    server = Server(folder / "log", *words)
     try:
         server.wait_until_it_serves()
         yield server
         assert server.stop() == 0, (folder / "log").read_text()
     finally:
         server.process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    with serving(
+        folder, checkpoint=random_checkpoint(folder), max_ranks=4, rows=8, context=128, max_queue=80
+    ) as server:
+        yield server
 
 
 async def complete(client, prompt, began=None):
@@ -296,3 +298,21 @@ def test_requests_wait_while_the_ranks_that_are_left_have_no_room_for_all_expert
     assert len(missing) == 2, "8 experts, 6 slots"
     assert answers == expected
     assert server.get("/health").json()["missing_experts"] == []
+
+
+def test_a_folder_of_hugging_face_is_served_through_a_resize(tmp_path):
+    random_mixtral(tmp_path)
+    with serving(tmp_path, model=tmp_path, context=64) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any")
+        with pytest.raises(openai.BadRequestError, match="must have a chat template"):
+            client.chat.completions.create(messages=[{"role": "user", "content": "hello"}], **ANSWER)
+        before = client.completions.create(prompt="hello user", **ANSWER)
+        assert before.usage.prompt_tokens == 3, "<s> hello user"
+        scale(server, 1)
+        assert client.completions.create(prompt=[0, 1, 2], **ANSWER).choices == before.choices
+        write_chat_template(tmp_path)
+        answer = client.chat.completions.create(messages=[{"role": "user", "content": "hello"}], **ANSWER)
+        as_prompt = client.completions.create(prompt=[0, 2, 3, 1, 4, 3], **ANSWER)
+        assert answer.choices[0].message.content == as_prompt.choices[0].text
+        with pytest.raises(openai.BadRequestError, match="messages must suit the model's template; got no system"):
+            client.chat.completions.create(messages=[{"role": "system", "content": "hello"}], **ANSWER)

@@ -59,13 +59,14 @@ class Model:
       num_experts: logical experts of each layer that has any.
       vocab_size: of the logits.
       eos_ids: tokens that end a text.
+      max_length: tokens of the longest text it was made for.
       encode, decode, apply_chat: see `Tokenizer`.
     """
 
     def __init__(self, folder: Path, layout: Layout, progress: bool = False):
         self.config, self.layout = read_config(folder), layout
         self.num_experts, self.vocab_size = self.config.router.num_experts, self.config.vocab_size
-        self.eos_ids = self.config.eos_ids
+        self.eos_ids, self.max_length = self.config.eos_ids, self.config.max_length
         self._checkpoint, self._progress = Checkpoint(folder), progress
         tokenizer = Tokenizer(folder)
         self.encode, self.decode, self.apply_chat = tokenizer.encode, tokenizer.decode, tokenizer.apply_chat

@@ -202,8 +202,11 @@ def create_app(router: Router, name: str, control_token: str) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
-        text = "".join(f"{message.role}: {message.text}\n" for message in body.messages) + "assistant:"
-        prompt = router.model.encode(text)
+        messages = [{"role": message.role, "content": message.text} for message in body.messages]
+        try:
+            prompt = router.model.apply_chat(messages)
+        except FileNotFoundError as error:
+            raise ApiError(400, str(error), param="messages") from None
         room = max(1, router.options.context - len(prompt))
         max_tokens = body.max_completion_tokens or body.max_tokens or room
         return await respond(request, body, submit(body, [prompt], max_tokens), CHAT)

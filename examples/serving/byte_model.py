@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ class ByteModel:
 
     vocab_size = BYTES
     eos_ids: frozenset[int] = frozenset()
+    max_length = None  # a token sees those of its window only
 
     def __init__(self, checkpoint: Path):
         self._path, self._config = checkpoint, read_config(checkpoint)
@@ -75,6 +78,11 @@ class ByteModel:
 
     def decode(self, ids: list[int]) -> str:
         return bytes(ids).decode("utf-8", "replace")
+
+    def apply_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """It knows no conversations; lines in the form of a play are something to go on."""
+        lines = [f"{message['role']}: {message['content']}\n" for message in messages]
+        return self.encode("".join(lines) + "assistant:")
 
 
 def _is_expert(name: str) -> bool:

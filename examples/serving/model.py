@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,11 +20,13 @@ class Model(Protocol):
       num_experts: logical experts of a layer; all MoE layers have as many, and share one placement.
       vocab_size: V; token ids are below it.
       eos_ids: tokens that end a sequence; may be empty.
+      max_length: tokens of the longest sequence it was made for; None: any.
     """
 
     num_experts: int
     vocab_size: int
     eos_ids: frozenset[int]
+    max_length: int | None
 
     def ep_config(self, max_ranks: int, experts_per_rank: int, tokens_per_rank: int) -> nx.EpConfig:
         """The group's capacities. Called once, before `forward`, which uses the same."""
@@ -74,6 +76,14 @@ class Model(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """Tokens as text; an incomplete character at the end becomes U+FFFD."""
+
+    def apply_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The prompt for the assistant's next message after `messages`, {"role": ..., "content": ...} each.
+
+        Raises:
+          ValueError: the model cannot take them; says why.
+          FileNotFoundError: the model was not made for conversations.
+        """
 
 
 def open_model(source: Mapping[str, str]) -> Model:
