@@ -145,6 +145,44 @@ def test_a_preparation_that_fails_is_named(pools):
     assert [members for _, members, *_ in answer["history"]] == [(0, 1), (0,)]
 
 
+def rank_newcomer_dies(job):
+    """Rank 2, a newcomer, is ready and dies; rank 1 is not ready for long. What rank 0 was told."""
+    group = start(job, [0, 1])
+    said, end = [], []
+
+    def drive():
+        while not group.epoch:
+            time.sleep(0.01)
+        for members in ([0, 1, 2], [0]):
+            try:
+                group.resize(members, deadline_s=20)
+            except nx.ElasticError as error:
+                said.append(str(error))
+        end.append(1)
+
+    if job.rank == 0:
+        threading.Thread(target=drive).start()
+    elif job.rank == 1:
+        group.elastic.on_prepare.append(lambda change: time.sleep(4 * (2 in change.members)))
+    else:
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    steps, _ = serve(group, lambda: bool(end))
+    return said, summary(group, steps)
+
+
+def test_a_newcomer_that_dies_when_it_is_ready():
+    pool = RankPool(3)
+    try:
+        with pytest.raises(RankError) as caught:
+            pool.run(rank_newcomer_dies, timeout_s=60)
+    finally:
+        pool.close()
+    assert set(caught.value.errors) == {2} and "exit code -9" in caught.value.errors[2], caught.value
+    said, answer = caught.value.results[0]
+    assert len(said) == 1 and "did not happen: ranks [2] are gone" in said[0]
+    assert [members for _, members, *_ in answer["history"]] == [(0, 1), (0,)]
+
+
 def rank_idle(job):
     """No rank has anything to do; the members change all the same."""
     group = start(job, [0, 1])

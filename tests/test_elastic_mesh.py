@@ -1,15 +1,19 @@
-"""`ElasticMesh`: one process of several devices whose ranks come and go, and ranks that are processes."""
+"""`ElasticMesh`: ranks that are devices of a process, processes of a jax.distributed job, or runtimes of their own."""
 
 import functools
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ranks import child_env
 from test_elastic import make_batch, program, serve, start
 
 import jax_nixlep as nx
@@ -53,15 +57,19 @@ def layer(mesh, x, ids, gain, placement):
 
 
 def check(mesh, step):
-    """One step of the members, against numpy."""
+    """One step of the members, against numpy; each process of the mesh calls and sees its own part."""
     rng, count = np.random.default_rng(step), len(mesh.members)
     x = rng.integers(-8, 8, (count, TOKENS, CONFIG.hidden)).astype(np.float32)
     ids = np.argsort(rng.random((count, TOKENS, EXPERTS)), axis=-1)[..., :2].astype(np.int32)
     per_rank = CONFIG.experts_per_rank
     rows = np.concatenate([mesh.table[r * per_rank : (r + 1) * per_rank] for r in mesh.members])
     gain = np.where(rows < 0, 0, rows + 1).astype(np.float32)
-    y = layer(mesh.mesh, x, ids, gain, mesh.placement)
-    np.testing.assert_array_equal(np.asarray(y), (ids + 1).sum(-1, keepdims=True) * x)
+    sharding = NamedSharding(mesh.mesh, P("ep"))
+    sharded = [jax.make_array_from_callback(v.shape, sharding, v.__getitem__) for v in (x, ids, gain)]
+    y = layer(mesh.mesh, *sharded, mesh.placement)
+    want = (ids + 1).sum(-1, keepdims=True) * x
+    for shard in y.addressable_shards:
+        np.testing.assert_array_equal(shard.data, want[shard.index])
 
 
 def test_part_of_a_world():
@@ -96,6 +104,15 @@ def test_part_of_a_world():
         check(mesh, 9)
     finally:
         nx.shutdown()
+
+
+def test_part_of_a_jax_distributed_world():
+    """Four processes of one job: those whose ranks are out skip the steps, and come back."""
+    program = str(Path(__file__).parent / "distributed_mesh.py")
+    command = [sys.executable, "-m", "jax_nixlep.launch", "-n", "4", "--timeout", "120", program]
+    done = subprocess.run(command, env=child_env(), capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("right in every membership") == 4
 
 
 def test_a_failed_prepare_changes_nothing():

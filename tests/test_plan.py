@@ -21,9 +21,9 @@ def run(path, *options, transport="shared"):
     return done.stdout
 
 
-def test_upstream_plan_with_faults():
-    out = run(PLANS / "expansion_fault_contraction.json")
-    phases = json.loads((PLANS / "expansion_fault_contraction.json").read_text())
+@pytest.mark.parametrize("path", sorted(PLANS.iterdir()), ids=lambda path: path.stem)
+def test_upstream_plans(path):
+    out, phases = run(path), json.loads(path.read_text())
     assert f"all {len(phases)} phases right" in out
     killed = [[-r for r in phase if r < 0] for phase in phases]
     assert [line.split(";")[0].split("killed ")[1] for line in out.splitlines() if "killed" in line] == [

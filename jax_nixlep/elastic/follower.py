@@ -149,12 +149,13 @@ class Follower:
         if now - self._seen[1] > change.deadline_s:
             return f"ranks {late} did not finish phase {change.phase!r} within the deadline"
         connected = self._prepared == change.id and self._preparing is not None and self._preparing.connected
-        gone = [r for r in late if connected and not self._links.alive(r)]
+        needed = {*late, *(set(change.members) - set(state.members))}  # newcomers to the end: no step misses them yet
+        gone = [r for r in sorted(needed) if connected and not self._links.alive(r)]
         if not gone and now - self._looked > LEASE_S / 3:
             self._looked = now
             prefix = f"{CHANGES}{change.id}/hello/"  # who has not said so yet may still be starting
             began = {int(key[len(prefix) :]) for key in self._store.scan(prefix)}
-            gone = sorted((set(late) & {*began, *state.members}) - set(leases(self._store)))
+            gone = sorted((needed & {*began, *state.members}) - set(leases(self._store)))
         return f"ranks {gone} are gone" if gone else ""
 
     def _prepare(self, preparation: Preparation, state: State, change: Running) -> None:
