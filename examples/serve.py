@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--checkpoint", type=Path, help="file, or --out, of train_lm.py")
     which.add_argument("--model", type=Path, help="folder of Hugging Face: config.json, safetensors, tokenizer")
-    parser.add_argument("--name", help="of the model, for clients; default: that of the file or folder")
+    parser.add_argument("--name", help="of the model, for clients; default: that of the folder, or file without ending")
     parser.add_argument("--ranks", type=int, default=2, help="at first")
     parser.add_argument("--max-ranks", type=int, default=4, help="that there can ever be")
     parser.add_argument(
@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
         model = open_model(args.source)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    args.name = args.name or Path(*args.source.values()).stem
+    args.name = args.name or (args.model.resolve().name if args.model else Path(args.source["checkpoint"]).stem)
     args.experts_per_rank = args.experts_per_rank or -(-model.num_experts // max(1, args.ranks - 1))
     if args.chunk < 2 or min(args.ranks, args.rows, args.context, args.max_queue) < 1 or args.ranks > args.max_ranks:
         parser.error("--chunk must be at least 2, the other numbers 1, --ranks at most --max-ranks")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = [
     "cuda_built",
     "make_endpoint",
     "set_endpoint",
+    "shared_memory_allowed",
 ]
 
 WIRE_VERSION: int = _host.WIRE_VERSION
@@ -43,6 +45,11 @@ PEER_ABSENT: int = _host.PEER_ABSENT
 PEER_TIMED_OUT: int = _host.PEER_TIMED_OUT
 
 _TARGET = "jax_nixlep_{}"
+
+
+def shared_memory_allowed() -> bool:
+    """Whether ranks may reach each other by pointer: JAX_NIXLEP_P2P=0 forces NIXL's transfers on one machine too."""
+    return os.environ.get("JAX_NIXLEP_P2P", "1") != "0"
 
 
 def _check_abi() -> None:
@@ -70,7 +77,8 @@ def cuda_built() -> bool:
 
 
 def make_endpoint(device: jax.Device, **options: Any) -> Endpoint:
-    """The endpoint of a rank on `device`; keywords as `Endpoint`. Endpoints of all platforms look alike.
+    """The endpoint of a rank on `device`; keywords as `Endpoint`. Endpoints of all platforms look alike, except
+    that those of GPUs lack what elastic groups need.
 
     Raises:
       RuntimeError: there is no module for the device's platform.
@@ -95,7 +103,7 @@ def set_endpoint(device: jax.Device, endpoint: Endpoint | None) -> None:
 def attributes(
     ordinal: int, wire: str, scale_format: str = "float32", round_scale: bool = False, *, weighted: bool
 ) -> dict[str, np.int64]:
-    """The static part of an operation, as `OpAttributes` in ffi/host/handlers.cc decodes it."""
+    """The static part of an operation, as `OpAttributes` in ffi/attributes.h decodes it."""
     return {
         "ordinal": np.int64(ordinal),
         "wire": np.int64(_host.WIRES[wire]),
@@ -115,6 +123,10 @@ _call_p.def_abstract_eval(lambda *_, results, **__: [jax.core.ShapedArray(r.shap
 
 def _lower(ctx, *operands, name, results, attrs):
     del results
+    if "cpu" in ctx.module_context.platforms and name not in _host.handlers():
+        raise NotImplementedError(
+            f"{name}: the program must be for an NVIDIA GPU; got cpu; use dispatch and combine, which run on both"
+        )
     return jax.ffi.ffi_lowering(_TARGET.format(name), has_side_effect=True)(ctx, *operands, **dict(attrs))
 
 

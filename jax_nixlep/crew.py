@@ -62,11 +62,7 @@ class CrewError(RuntimeError):
 
 
 class Crew:
-    """Starts ranks and tells them what to do. It is no rank itself.
-
-    Attributes:
-      died: rank -> time.monotonic() when its process was seen to end.
-    """
+    """Starts ranks and tells them what to do. It is no rank itself."""
 
     def __init__(self, settings: Settings, *, timeout_s: float, env: dict[str, str] | None = None):
         """`timeout_s`: for whatever is waited for."""
@@ -76,7 +72,6 @@ class Crew:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._expected: set[int] = set()  # ranks that are to end
         self._commands = 0
-        self.died: dict[int, float] = {}
 
     def __enter__(self) -> Crew:
         return self
@@ -99,14 +94,7 @@ class Crew:
         who = {"rank": rank, "store": self._server.url, "members": members, **dataclasses.asdict(self.settings)}
         env = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", **os.environ, **self._env}
         command = launch.with_parent([sys.executable, "-m", "jax_nixlep.crew", json.dumps(who)])
-        process = subprocess.Popen(command, env=env)
-        self._processes[rank] = process
-        self.died.pop(rank, None)
-        threading.Thread(target=self._note_end, args=(rank, process), daemon=True).start()
-
-    def _note_end(self, rank: int, process: subprocess.Popen[bytes]) -> None:
-        process.wait()
-        self.died[rank] = time.monotonic()
+        self._processes[rank] = subprocess.Popen(command, env=env)
 
     def tell(self, rank: int, **command: Any) -> int:
         """Returns the number under which `answer` knows the command."""
@@ -123,13 +111,18 @@ class Crew:
         return None if value is None else value.decode()
 
     def reports(self) -> dict[int, dict[str, Any]]:
-        """What each running rank said last: "epoch", "members", "right" (steps right in this epoch), "compiled"."""
+        """What each running rank said last: "epoch", "members", "right" (steps right in this epoch), "steps" (right in
+        all), "compiled"."""
         return {r: v for r, v in self._scan("now").items() if r in self._processes}
 
     def switches(self, epoch: int) -> dict[int, dict[str, Any]]:
         """What each rank said about its first right step of an epoch: "right_at" (time.monotonic()), "blocked_s", and
         how many "epochs" there were since its step before, with whom they "lost"."""
         return self._scan(f"first/{epoch}")
+
+    def died(self, rank: int) -> float:
+        """time.monotonic() when a rank that was told to die did so last."""
+        return self._scan("died")[rank]
 
     def measure(self, rank: int) -> dict[str, int]:
         """What the process of a rank uses: "rss_bytes", "descriptors", "threads", "regions" and "compiled"."""
@@ -216,6 +209,7 @@ class _Rank:
         self._die = self._end = False
         self._store = connect(self._url)
         self._group: Any = None
+        self._program: Any = None
 
         import jax.numpy as jnp
 
@@ -237,8 +231,8 @@ class _Rank:
 
         settings, first = self._settings, self._members is not None
         options: dict[str, Any] = {"members": self._members, "elastic": True} if first else {"join": True}
-        self._right = self._epoch = 0
-        self._now: dict[str, Any] = {"epoch": 0, "members": [], "right": 0, "compiled": 0}
+        self._right = self._epoch = self._steps = 0
+        self._say(0, [])
         for thread in (self._report, self._obey):
             threading.Thread(target=thread, daemon=True).start()
         self._group = group = nx.initialize(
@@ -253,7 +247,7 @@ class _Rank:
             **options,
         )
         if first:
-            group.load(self._experts(self._row(group.elastic.table)), self._dense())
+            group.load(self._experts(self._row(group.table)), self._dense())
         self._program = _make_program(self._config)
         jax.block_until_ready(self._program(*self._batch(self._rank, 0, 0), group.experts, group.placement))
         while not self._end:
@@ -262,7 +256,7 @@ class _Rank:
             except nx.ElasticError:
                 if group.members:
                     raise
-                self._now = {"epoch": 0, "members": [], "right": 0, "compiled": self._program._cache_size()}
+                self._say(0, [])
                 if not settings.rejoins or self._end:
                     break
                 group.rejoin()
@@ -273,14 +267,18 @@ class _Rank:
 
     def _note_right(self) -> None:
         group = self._group
+        self._steps += 1
         self._right = self._right + 1 if group.epoch == self._epoch else 1
         if group.epoch != self._epoch:
             new = [switch for switch in group.elastic.history if switch.epoch > self._epoch]
             self._epoch = group.epoch
             said = {"right_at": time.monotonic(), "blocked_s": new[-1].blocked_s, "epochs": len(new)}
             self._put(f"first/{self._epoch}/{self._rank}", said | {"lost": [r for switch in new for r in switch.lost]})
-        compiled = self._program._cache_size()
-        self._now = {"epoch": self._epoch, "members": group.members, "right": self._right, "compiled": compiled}
+        self._say(self._epoch, group.members)
+
+    def _say(self, epoch: int, members: Sequence[int]) -> None:
+        right, compiled = self._right if epoch else 0, self._program._cache_size() if self._program else 0
+        self._now = {"epoch": epoch, "members": members, "right": right, "steps": self._steps, "compiled": compiled}
 
     def _put(self, key: str, value: Any) -> None:
         self._store.put(_PREFIX + key, json.dumps(value).encode())
@@ -319,7 +317,7 @@ class _Rank:
     def _do_end(self, command: Command) -> None:
         """All leave at one step, whether or not this rank could serve all experts."""
         del command
-        table = self._group.elastic.table
+        table = self._group.table
         mine = np.arange(len(table)) // self._config.experts_per_rank == self._rank
         self._group.resize([self._rank], table=np.where(mine, table, -1))
         self._end = True
@@ -362,6 +360,10 @@ class _Rank:
             if at == "sending" and any(key.endswith(f"/weights/{self._rank}") for key in self._store.scan(CHANGES)):
                 break
         time.sleep(delay_s)
+        self._kill_self()
+
+    def _kill_self(self) -> None:
+        self._put(f"died/{self._rank}", time.monotonic())  # before: when a process has ended shows late
         os.kill(os.getpid(), signal.SIGKILL)
 
     # --- One step. ---
@@ -392,7 +394,7 @@ class _Rank:
         group = self._group
         epoch, boundary = group.epoch, group.elastic.boundary
         if self._die:  # somewhere in the call
-            threading.Timer(self._delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            threading.Timer(self._delay_s, self._kill_self).start()
         if epoch != self._epoch:
             self._check_weights()
         batch = self._batch(self._rank, epoch, boundary)

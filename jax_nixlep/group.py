@@ -109,7 +109,7 @@ class EpGroup:
 
     @property
     def elastic(self) -> Elastic:
-        """The machinery, with what is rarely needed: `history`, `on_prepare`, `on_commit`, `table`.
+        """The machinery, with what is rarely needed: `history`, `on_prepare`, `on_commit`.
 
         Raises:
           RuntimeError: the group is not elastic.
@@ -119,6 +119,12 @@ class EpGroup:
                 "group: must be elastic; got a fixed one; pass elastic=True to initialize on every member"
             )
         return self._elastic
+
+    @property
+    def table(self) -> np.ndarray:
+        """[max_ranks * experts_per_rank] int32, the logical expert of each slot, -1 for none. Slot `rank *
+        experts_per_rank + i` is row i of that rank's weights; so this says what a first member loads."""
+        return self.elastic.table
 
     @property
     def experts(self) -> dict[str, Any]:
@@ -351,8 +357,9 @@ def initialize(
       on_timeout: "raise": a late or dead peer ends the operation with an error on every rank. "mask": its tokens and
         experts are left out, and `Status.peers` and `health()` say so.
       elastic: members may come, go and be lost: call `group.step()` between steps. Programs run by themselves, to
-        compile and warm up, until its first call, which waits for all. Each process is one rank. The store is needed
-        even for one member, and should outlive the ranks (`python -m jax_nixlep.store`, or the launcher's).
+        compile and warm up, until its first call, which waits for all. Each process is one rank. On CPUs only, so far.
+        The store is needed even for one member, and should outlive the ranks (`python -m jax_nixlep.store`, or the
+        launcher's).
       join: this process is no member yet. Returns when a member has named it in `group.prepare` and it holds what it
         needs; its programs run by themselves, to compile and warm up, until its first `group.step()`, which takes part.
       num_experts: logical experts of an elastic group; default: one for each slot of the first members.
@@ -392,6 +399,11 @@ def initialize(
             places, ranks, url, secret = _member_places(rank, members, store, secret, elastic, join)
             server = None
         _check_ranks(config, ranks, [place[2] for place in places])
+        if elastic and (platform := places[0][0].platform) != "cpu":
+            raise ValueError(
+                f"initialize: elastic must be False on a {platform}, where groups are fixed so far; got True; set "
+                "JAX_PLATFORMS=cpu, or drop elastic and join"
+            )
 
         def make_endpoint(device: jax.Device, rank: int) -> _ffi.Endpoint:
             return _ffi.make_endpoint(

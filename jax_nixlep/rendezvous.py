@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -119,7 +118,7 @@ class Rendezvous:
         self._until_none_missing(not_met, "arrive")
 
     def _connect_all(self) -> None:
-        share = os.environ.get("JAX_NIXLEP_P2P", "1") != "0"
+        share = _ffi.shared_memory_allowed()
         mapped = {
             seat: [
                 peer

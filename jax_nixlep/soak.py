@@ -120,7 +120,7 @@ class Soak:
             asker = self._random.choice([r for r in self._members if r != victim])  # who can answer
             number = crew.tell(asker, do="resize", members=wanted, deadline_s=self._args.deadline)
         crew.wait_gone([victim])
-        died = crew.died[victim]
+        died = crew.died(victim)
         was_member = victim in self._members
         if number is not None:
             crew.wait(lambda: crew.answer(number) is not None, f"the end of a resize to {wanted}")
@@ -186,7 +186,7 @@ class Soak:
             "kill_to_restored_ms": self._kill_to_restored_ms,
             "detection_timeout_ms": 1e3 * self._args.detect,
             "recompiles": self._recompiles,
-            "wrong_rows": 0,  # a wrong row ends its rank, and this run
+            "steps_checked": self._crew.reports()[self._survivor]["steps"],  # a wrong row ends its rank, and this run
             "growth": grown,
             "measured": self._used,
             "leaks": sorted(what for what, by in grown.items() if by > GROWTH[what]),
@@ -202,7 +202,7 @@ def table(result: dict[str, Any]) -> str:
         "kill to step ms": f"median {result['kill_to_step_ms_median']:.0f}, worst {result['kill_to_step_ms_max']:.0f}, "
         f"detection timeout {result['detection_timeout_ms']:.0f}",
         "recompiles": str(result["recompiles"]),
-        "wrong rows": str(result["wrong_rows"]),
+        "steps checked": f"{result['steps_checked']} by the survivor, every row right",
         "leaks": ", ".join(result["leaks"]) or "none",
         "growth": ", ".join(f"{what} {grown:+.0f}" for what, grown in result["growth"].items()),
     }

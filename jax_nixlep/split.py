@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from jax_nixlep import _ffi, _order
+from jax_nixlep._check import check_combine, check_dispatch
 from jax_nixlep._vary import vary
-from jax_nixlep.combine import check_combine
 from jax_nixlep.config import EpConfig
-from jax_nixlep.dispatch import OpSpec, check_dispatch
+from jax_nixlep.dispatch import OpSpec
 from jax_nixlep.routing import Handle, Received, Status
 
 
@@ -60,7 +60,12 @@ def dispatch_start(
     dequantize: bool = True,
     recv_capacity: int | None = None,
 ) -> PendingDispatch:
-    """The sending half of `dispatch`; arguments and errors as there. Not differentiable."""
+    """The sending half of `dispatch`; arguments and errors as there. Collective: every member must call. Not
+    differentiable.
+
+    Raises:
+      NotImplementedError: when a program is compiled for CPUs.
+    """
     check_dispatch(x, expert_ids, weights, config, dequantize, recv_capacity)
     ordinal, rows = _order.next_ordinal("dispatch"), recv_capacity or config.num_rows
     spec = OpSpec(config, ordinal, rows, weights is not None, dequantize)
@@ -76,7 +81,7 @@ def dispatch_start(
 
 
 def dispatch_finish(pending: PendingDispatch, *, after: jax.Array | None = None) -> Received:
-    """The receiving half: what `dispatch` returns."""
+    """The receiving half: what `dispatch` returns. Collective: every member must call."""
     spec, config = pending.spec, pending.spec.config
     quantized = config.token_wire == "fp8_e4m3" and not spec.dequantize
     i32 = jnp.int32
@@ -107,7 +112,12 @@ def dispatch_finish(pending: PendingDispatch, *, after: jax.Array | None = None)
 def combine_start(
     expert_out: jax.Array, handle: Handle, *, config: EpConfig, after: jax.Array | None = None
 ) -> PendingCombine:
-    """The sending half of `combine`, with the weights that `dispatch` got. Not differentiable."""
+    """The sending half of `combine`, with the weights that `dispatch` got. Collective: every member must call. Not
+    differentiable.
+
+    Raises:
+      NotImplementedError: when a program is compiled for CPUs.
+    """
     check_combine(expert_out, handle, None, config)
     spec = OpSpec(config, _order.next_ordinal("combine"), handle.row_weights.shape[0])
     results = (_ffi.struct((2,), jnp.int32), _ffi.struct((), jnp.float32))  # ticket, order
@@ -117,7 +127,7 @@ def combine_start(
 
 
 def combine_finish(pending: PendingCombine, *, after: jax.Array | None = None) -> jax.Array:
-    """The receiving half: what `combine` returns."""
+    """The receiving half: what `combine` returns. Collective: every member must call."""
     return combine_finish_ordered(pending, after=after)[0]
 
 

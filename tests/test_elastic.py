@@ -14,6 +14,7 @@ from ranks import RankError, RankPool
 
 import jax_nixlep as nx
 from jax_nixlep import placement as tables
+from jax_nixlep.store import StoreError
 from jax_nixlep.store.tcp import StoreServer
 
 EXPERTS = 4
@@ -64,10 +65,17 @@ def start(job, members, **options):
         group = nx.initialize(CONFIG, rank=job.rank, join=True, **options)
     else:
         group = nx.initialize(CONFIG, rank=job.rank, members=members, elastic=True, **options)
-        row = group.elastic.table[job.rank * CONFIG.experts_per_rank :][: CONFIG.experts_per_rank]
+        row = group.table[job.rank * CONFIG.experts_per_rank :][: CONFIG.experts_per_rank]
         group.load(expert_weights(row), DENSE)
     warm_up(group)
     return group
+
+
+def wait_until(done, timeout_s=30):
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert time.monotonic() < deadline, "it does not happen"
+        time.sleep(0.02)
 
 
 def warm_up(group):
@@ -262,44 +270,54 @@ def test_a_rank_wrongly_given_up_rejoins():
     assert answers[0]["history"][2][3] == (1,) and all(a["compiled"] == 1 and a["steps"] for a in answers)
 
 
-def rank_without_store(job, url):
-    """The store dies; serving goes on, a resize is refused; a new store is taken up."""
+def rank_without_store(job, url, folder):
+    """The store dies; serving goes on, a resize is refused; a new store is taken up. What rank 0 was told."""
     group = start(job, [0, 1], store=url)
-    counts, end = [], []
+    said, end = [], []
 
     def drive():
-        time.sleep(9)
-        group.resize([0])
-        end.append(1)
+        wait_until(lambda: group.epoch)
+        (folder / "serving").touch()
+        wait_until((folder / "closed").exists)
+        while not end:
+            try:
+                group.resize([0])
+                end.append(1)
+            except (StoreError, nx.ElasticError) as error:  # the latter: a store that has just come back
+                said.append(f"{type(error).__name__}: {error}")
+                (folder / "refused").touch()
+                time.sleep(0.1)
 
     if job.rank == 0:
         threading.Thread(target=drive).start()
     steps, times = serve(group, lambda: bool(end))
-    return summary(group, steps, times=[t for t, _ in times], counts=counts)
+    return said, summary(group, steps, times=[t for t, _ in times])
 
 
-def test_serving_outlives_the_store(pools):
-    server = StoreServer()
-    port = int(server.url.rsplit(":", 1)[1])
-    servers = [server]
+def test_serving_outlives_the_store(pools, tmp_path):
+    servers = [StoreServer()]
+    url = servers[0].url
 
     def restart():
-        time.sleep(5)
+        wait_until((tmp_path / "serving").exists)
         servers[0].close()
-        time.sleep(2)
-        servers.append(StoreServer(port=port))
+        (tmp_path / "closed").touch()
+        wait_until((tmp_path / "refused").exists)
+        time.sleep(1)
+        servers.append(StoreServer(port=int(url.rsplit(":", 1)[1])))
 
     thread = threading.Thread(target=restart)
     thread.start()
-    answers = pools(2).run(rank_without_store, server.url, timeout_s=60)
+    (said, answer), _ = pools(2).run(rank_without_store, url, tmp_path, timeout_s=60)
     thread.join()
     servers[-1].close()
-    assert [m for _, m, *_ in answers[0]["history"]] == [(0, 1), (0,)]
-    assert np.diff(answers[0]["times"]).max() < 1.5
+    assert said[0].startswith("StoreError: "), said
+    assert [m for _, m, *_ in answer["history"]] == [(0, 1), (0,)]
+    assert np.diff(answer["times"]).max() < 1.5
 
 
 def test_many_resizes(pools):
-    """Random members, holes, ranks that come back; the shortened soak."""
+    """Random members, holes, ranks that come back."""
     rng = np.random.default_rng(0)
     plan = [[0, *sorted((1 + rng.permutation(3)[: rng.integers(0, 4)]).tolist())] for _ in range(25)] + [[0]]
     answers = pools(4).run(rank_resizes, plan, [0, 1], timeout_s=200)

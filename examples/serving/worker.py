@@ -94,7 +94,7 @@ class Worker:
         )
         if s.members:
             mine = slice(s.rank * s.experts_per_rank, (s.rank + 1) * s.experts_per_rank)
-            group.load(model.load_experts(group.elastic.table[mine].tolist()), model.load_dense())
+            group.load(model.load_experts(group.table[mine].tolist()), model.load_dense())
         group.elastic.on_commit.append(self._on_switch)
         self._group, self._programs = group, programs
         self._rows, self._rest = Rows(s.rows, s.chunk, model.eos_ids), False

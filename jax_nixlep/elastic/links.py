@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -36,7 +35,7 @@ class Links:
         for rank, address in others.items():
             if self._nonces.get(rank) != address["nonce"]:
                 self._drop(rank)
-        share = os.environ.get("JAX_NIXLEP_P2P", "1") != "0"
+        share = _ffi.shared_memory_allowed()
         for rank, address in others.items():
             where = int(address["pid"]), int(address["fd"]), int(address["nonce"])
             if rank not in self._nonces and share and self._endpoint.map_peer(rank, *where):

@@ -92,7 +92,7 @@ class ElasticMesh:
     @property
     def table(self) -> np.ndarray:
         """[max_ranks * experts_per_rank] int32, the logical expert of each slot, -1 for none."""
-        return self.group.elastic.table if self._world is None else self._table.copy()
+        return self.group.table if self._world is None else self._table.copy()
 
     def resize(
         self,

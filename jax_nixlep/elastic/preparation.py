@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -123,7 +122,7 @@ class Preparation:
                 raise TimeoutError("load() was not called")
             own, held = {"experts": None}, self._shared.held
             if held.experts is not None and held.dense is not None:
-                nixl = os.environ.get("JAX_NIXLEP_P2P", "1") == "0" or num_hosts > 1
+                nixl = num_hosts > 1 or not _ffi.shared_memory_allowed()
                 own = {"experts": held.experts.describe(nixl=nixl), "dense": held.dense.describe(nixl=nixl)}
                 own |= {"spec": [held.experts.spec, held.dense.spec]}
         if me not in change.members:
