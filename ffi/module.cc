@@ -88,6 +88,7 @@ PYBIND11_MODULE(_host, m) {
   m.attr("XLA_FFI_API_VERSION") = py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
   m.attr("WIRE_VERSION") = kWireVersion;
   m.attr("QUANT_BLOCK") = kQuantBlock;
+  m.attr("AMAX_FLOOR") = kAmaxFloor;
   m.attr("PEER_OK") = int(PeerState::kOk);
   m.attr("PEER_ABSENT") = int(PeerState::kAbsent);
   m.attr("PEER_TIMED_OUT") = int(PeerState::kTimedOut);

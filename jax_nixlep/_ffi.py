@@ -40,6 +40,7 @@ __all__ = [
 
 WIRE_VERSION: int = _host.WIRE_VERSION
 QUANT_BLOCK: int = _host.QUANT_BLOCK
+AMAX_FLOOR: float = _host.AMAX_FLOOR
 PEER_OK: int = _host.PEER_OK
 PEER_ABSENT: int = _host.PEER_ABSENT
 PEER_TIMED_OUT: int = _host.PEER_TIMED_OUT

@@ -6,6 +6,7 @@ from typing import Any
 XLA_FFI_API_VERSION: tuple[int, int]
 WIRE_VERSION: int
 QUANT_BLOCK: int
+AMAX_FLOOR: float
 PEER_OK: int
 PEER_ABSENT: int
 PEER_TIMED_OUT: int

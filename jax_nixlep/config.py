@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from jax_nixlep._ffi import AMAX_FLOOR as AMAX_FLOOR
 from jax_nixlep._ffi import QUANT_BLOCK as QUANT_BLOCK
 
 Wire = Literal["same", "bf16", "fp8_e4m3"]

@@ -281,7 +281,8 @@ class EpGroup:
     def _replace_members(self, members: Sequence[int]) -> None:
         """Other ranks of a mesh take part from now on. Every process of the mesh calls; no operation runs."""
         assert self._rendezvous is not None
-        self._rendezvous.barrier(f"epoch {self._epoch + 1}")  # nobody is in an operation of the old epoch
+        # Nobody is in an operation of the old epoch any more.
+        self._rendezvous.barrier(f"epoch {self._epoch + 1}", op="ElasticMesh.resize")
         self._epoch, self._members = self._epoch + 1, tuple(members)
         self._activate()
 

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_nixlep.config import QUANT_BLOCK, ScaleFormat
+from jax_nixlep.config import AMAX_FLOOR, QUANT_BLOCK, ScaleFormat
 
-E4M3_MAX = 448.0
-AMAX_FLOOR = 1e-4  # keeps the scale of an all-zero block finite
+E4M3_MAX = float(jnp.finfo(jnp.float8_e4m3fn).max)
 
 
 def quantize(x: jax.Array, *, scale_format: ScaleFormat, round_scale: bool) -> tuple[jax.Array, jax.Array]:

@@ -17,6 +17,7 @@ from jax_nixlep.config import EpConfig
 from jax_nixlep.store import Store
 
 _POLL_S = 0.01
+_CLOSE_TIMEOUT_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,25 +65,28 @@ class Rendezvous:
                 self._put(seat, "failed", f"{type(error).__name__}: {error}")
             raise
 
-    def barrier(self, name: str) -> None:
-        """Returns when every member has called it.
+    def barrier(self, name: str, *, op: str = "initialize") -> None:
+        """Returns when every member has called it; `op` is what the user called.
 
         Raises:
           TimeoutError: names the ranks that did not, within `timeout_s` of now.
         """
         self._deadline = time.monotonic() + self._timeout_s
-        self._exchange(name, dict.fromkeys(self._seats, True))
+        self._exchange(name, dict.fromkeys(self._seats, True), op)
 
     def nonces(self, seat: Seat) -> dict[int, int]:
         """Of the members' regions, by rank."""
         return {rank: int(hello["address"]["nonce"]) for rank, hello in self._hellos[seat].items()}
 
     def close(self) -> None:
-        """Removes what this process wrote, unless the meeting failed: then others still have to read why."""
+        """Removes what this process wrote, unless the meeting failed: then others still have to read why.
+
+        Raises:
+          StoreError: the store is away. A member that served it may have left first, so that is found out soon.
+        """
         for seat in self._session:
-            self._store.delete(f"{self._prefix(seat)}hello/{seat.rank}")
-            for step in self._steps:
-                self._store.delete(f"{self._prefix(seat)}{self._session[seat]}/{step}/{seat.rank}")
+            for what in ("hello", *(f"{self._session[seat]}/{step}" for step in self._steps)):
+                self._store.delete(f"{self._prefix(seat)}{what}/{seat.rank}", timeout_s=_CLOSE_TIMEOUT_S)
 
     # --- Steps ---
 
@@ -152,7 +156,7 @@ class Rendezvous:
 
     # --- Store access ---
 
-    def _exchange(self, step: str, values: dict[Seat, Any]) -> dict[Seat, dict[int, Any]]:
+    def _exchange(self, step: str, values: dict[Seat, Any], op: str = "initialize") -> dict[Seat, dict[int, Any]]:
         """Publishes each seat's value for `step` and returns those of all members."""
         self._steps.add(step)
         for seat, value in values.items():
@@ -161,14 +165,14 @@ class Rendezvous:
 
         def missing(seat: Seat) -> list[int]:
             for peer, why in self._scan(seat, f"{self._session[seat]}/failed").items():
-                raise RuntimeError(f"initialize: rank {peer} failed: {why}")
+                raise RuntimeError(f"{op}: rank {peer} failed: {why}")
             found[seat] = self._scan(seat, f"{self._session[seat]}/{step}")
             return [r for r in self._members if r not in found[seat]]
 
-        self._until_none_missing(missing, f"reach step {step!r}")
+        self._until_none_missing(missing, f"reach step {step!r}", op)
         return found
 
-    def _until_none_missing(self, missing: Callable[[Seat], list[int]], what: str) -> None:
+    def _until_none_missing(self, missing: Callable[[Seat], list[int]], what: str, op: str = "initialize") -> None:
         while True:
             absent = {seat: missing(seat) for seat in self._seats}
             if not any(absent.values()):
@@ -177,7 +181,7 @@ class Rendezvous:
                 teams = {seat.team: ranks for seat, ranks in absent.items() if ranks}
                 names = "; ".join(f"ranks {ranks}{team and f' of group {team}'}" for team, ranks in teams.items())
                 raise TimeoutError(
-                    f"initialize: {names} did not {what} within {self._timeout_s:g} s; "
+                    f"{op}: {names} did not {what} within {self._timeout_s:g} s; "
                     "check that they run and use the same store, or raise init_timeout_s"
                 )
             time.sleep(_POLL_S)

@@ -400,6 +400,21 @@ def rank_killed(job):
         raise AssertionError(str(error).removeprefix("ABORTED: ")) from None
 
 
+def rank_shut_down_after(job, url, seconds):
+    """Seconds that `shutdown` takes, so long after all have begun."""
+    job.initialize(CONFIG, store=url)
+    time.sleep(seconds * job.rank)
+    began = time.monotonic()
+    nx.shutdown()
+    return time.monotonic() - began
+
+
+def test_the_rank_that_serves_the_store_may_leave_first(pools):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    assert max(pools(2).run(rank_shut_down_after, url, 1.0)) < 5
+
+
 # --- Nothing is left behind. ---
 
 

@@ -247,7 +247,7 @@ __device__ __noinline__ static void Fail(Op& op, const Params& p, Failure why, i
 __device__ inline void Begin(Op& op, const Params& p, bool sending) {
   const DeviceState& state = p.control->state;
   for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-    const PeerState_& peer = state.peers[r];
+    const PeerEntry& peer = state.peers[r];
     if (!sending) Prefetch(&p.control->signals[0][r]), Prefetch(&p.control->signals[1][r]);
     op.pointer[r] = peer.pointer;
     op.control[r] = peer.control;

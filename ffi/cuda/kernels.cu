@@ -50,8 +50,6 @@ struct Bf16Codec {
   }
 };
 
-constexpr float kFp8Max = 448.0f, kAmaxFloor = 1e-4f;
-
 template <typename T>
 struct Fp8Codec {
   static constexpr bool kRaw = false;

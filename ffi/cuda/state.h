@@ -11,8 +11,7 @@ namespace jax_nixlep::cuda {
 inline constexpr int kMaxRanks = 128;
 inline constexpr int kEpochSlots = 4;  // counters of that many epochs are told apart
 
-// Stamps are epoch << kEpochShift | operation number; this bit of one marks a timeout in `decision`.
-inline constexpr int kEpochShift = 48;
+// This bit of a stamp marks a timeout in `decision`.
 inline constexpr uint64_t kTimedOutBit = uint64_t(1) << 47;
 
 // One peer's 64-byte cell of signals. Peers without a pointer add to a counter after their data.
@@ -53,7 +52,7 @@ struct Geometry {
   bool operator==(const Geometry&) const = default;
 };
 
-// Why an endpoint stopped; see Endpoint::Failure for the words.
+// Why an endpoint stopped; see CudaEndpoint::Failure for the words.
 enum class Failure : uint32_t {
   kNone = 0,
   kTimedOut,   // a peer did not arrive, and late peers end the operation
@@ -76,7 +75,7 @@ struct FailureReport {
 
 struct Control;
 
-struct PeerState_ {
+struct PeerEntry {
   std::byte* pointer;  // the peer's region, where this GPU can reach it; null: by put
   Control* control;    // the peer's control block, likewise
   uint64_t masked;     // stamp of the operation that gave the peer up; 0: live
@@ -105,7 +104,7 @@ struct DeviceState {
   uint32_t mask_late_peers;
   uint32_t num_put_peers;
   Geometry geometry;
-  PeerState_ peers[kMaxRanks];
+  PeerEntry peers[kMaxRanks];
 
   void *local_view, *remote_view;
   FailureReport* report;

@@ -18,9 +18,6 @@
 namespace jax_nixlep {
 namespace {
 
-constexpr float kFp8Max = 448.0f;
-constexpr float kAmaxFloor = 1e-4f;
-
 // All rows at once for as many values as fit registers; num_rows > 0.
 constexpr size_t kSumBlock = 64;
 template <typename From, typename To>

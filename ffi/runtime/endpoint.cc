@@ -34,7 +34,7 @@ std::atomic_ref<T> Atomic(T& word) {
   return std::atomic_ref<T>(word);
 }
 
-uint64_t MakeStamp(uint16_t epoch, uint64_t sequence) { return uint64_t(epoch) << 48 | sequence; }
+uint64_t MakeStamp(uint16_t epoch, uint64_t sequence) { return uint64_t(epoch) << kEpochShift | sequence; }
 
 uint64_t RandomNonce() {
   uint64_t nonce = 0;
@@ -283,8 +283,8 @@ Operation::~Operation() {
 }
 
 std::string Operation::Describe() const {
-  return OpTag::Name(tag_) + " (operation " + std::to_string(stamp_ & ((1ull << 48) - 1)) + " of epoch " +
-         std::to_string(stamp_ >> 48) + ")";
+  return OpTag::Name(tag_) + " (operation " + std::to_string(stamp_ & ((uint64_t(1) << kEpochShift) - 1)) +
+         " of epoch " + std::to_string(stamp_ >> kEpochShift) + ")";
 }
 
 std::byte* Operation::region(int rank) const {
@@ -391,7 +391,7 @@ bool Operation::Arrived(int from) {
     num_tokens_[from] = int(tokens);
     return true;
   }
-  if (whole && stamp > stamp_ && (stamp >> 48) == (stamp_ >> 48)) {
+  if (whole && stamp > stamp_ && (stamp >> kEpochShift) == (stamp_ >> kEpochShift)) {
     throw EpError(Describe() + ": " + who + " went on without this rank, which was too late");
   }
   CheckNotice(from);

@@ -17,6 +17,9 @@ enum class Wire : int32_t { kSame = 0, kBf16 = 1, kFp8 = 2 };
 // What an fp8 scale is stored as.
 enum class ScaleFormat : int32_t { kFloat32 = 0, kUe8m0 = 1 };
 
+// e4m3's largest value, and the least that the largest of a block counts as: the scale of zeros is finite.
+inline constexpr float kFp8Max = 448.0f, kAmaxFloor = 1e-4f;
+
 struct Fp8Options {
   ScaleFormat format = ScaleFormat::kFloat32;
   bool round_scale = false;

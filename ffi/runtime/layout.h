@@ -8,7 +8,8 @@ namespace jax_nixlep {
 
 // Raised whenever the meaning of a byte in the region changes: members with different versions refuse each other.
 inline constexpr uint32_t kWireVersion = 2;
-inline constexpr int kBanks = 2;  // a rank may be one operation ahead of its slowest peer, never two
+inline constexpr int kBanks = 2;        // a rank may be one operation ahead of its slowest peer, never two
+inline constexpr int kEpochShift = 48;  // a stamp is epoch << kEpochShift | number of the operation in it
 inline constexpr int kQuantBlock = 128;
 inline constexpr size_t kAlign = 64;
 
@@ -28,7 +29,7 @@ struct Capacity {
 // How one rank tells another that a message is complete. `check` ties the words to each other and to the sender's
 // nonce: neither a half-arrived signal nor one of an earlier group at the same address is ever believed.
 struct Signal {
-  uint64_t stamp;  // epoch and operation number, see Stamp
+  uint64_t stamp;  // see kEpochShift
   uint64_t tag;    // which operation; see OpTag
   uint64_t num_tokens;
   uint64_t check;

@@ -263,6 +263,6 @@ def check_joining(log: Log, rank: int, since: float, timeout_s: float) -> None:
     else:
         why = f" (the last failed: {log.state.aborted[1]})" if log.state.aborted[1] else ""
     raise TimeoutError(
-        f"initialize: rank {rank} must be named by a prepare() that is committed, within {timeout_s:g} s; got "
+        f"join: rank {rank} must be named by a prepare() that is committed, within {timeout_s:g} s; got "
         f"none{why}; call group.prepare on a member"
     )

@@ -95,8 +95,11 @@ class Store(abc.ABC):
         """
 
     @abc.abstractmethod
-    def delete(self, prefix: str) -> int:
-        """Delete all keys that begin with `prefix`; returns how many (fewer, if a broken connection made it repeat)."""
+    def delete(self, prefix: str, *, timeout_s: float | None = None) -> int:
+        """Delete all keys that begin with `prefix`; returns how many (fewer, if a broken connection made it repeat).
+
+        `timeout_s`: how long to try; None as for `connect`.
+        """
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -117,8 +117,9 @@ class EtcdStore(Store):
         put = {"request_put": {"key": _key(op, key), "value": _b64(check_value(op, value))}}
         return bool(self._call("kv/txn", {"compare": [compare], "success": [put]}, repeat=False).get("succeeded"))
 
-    def delete(self, prefix: str) -> int:
-        return int(self._call("kv/deleterange", _range("delete", prefix)).get("deleted", 0))
+    def delete(self, prefix: str, *, timeout_s: float | None = None) -> int:
+        deadline = None if timeout_s is None else time.monotonic() + check_seconds("delete", "timeout_s", timeout_s)
+        return int(self._call("kv/deleterange", _range("delete", prefix), deadline).get("deleted", 0))
 
     def close(self) -> None:
         self._closed.set()

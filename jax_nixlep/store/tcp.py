@@ -392,8 +392,9 @@ class TcpStore(Store):
         old = [] if expected is None else [check_value(op, expected)]
         return self._call([op.encode(), key_bytes(op, key), check_value(op, value), *old], repeat=False) == [b"yes"]
 
-    def delete(self, prefix: str) -> int:
-        return int.from_bytes(self._call([b"delete", key_bytes("delete", prefix, prefix=True)])[0])
+    def delete(self, prefix: str, *, timeout_s: float | None = None) -> int:
+        deadline = None if timeout_s is None else time.monotonic() + check_seconds("delete", "timeout_s", timeout_s)
+        return int.from_bytes(self._call([b"delete", key_bytes("delete", prefix, prefix=True)], deadline)[0])
 
     def close(self) -> None:
         with self._lock:
