@@ -42,6 +42,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, help="tokens of prompt and answer, at most")
     parser.add_argument("--max-queue", type=int, default=256, help="requests that may wait; more get status 429")
     parser.add_argument("--detect", type=float, default=1.0, metavar="SECONDS", help="wait of a rank for another")
+    parser.add_argument(
+        "--start-timeout", type=float, default=120.0, metavar="SECONDS", help="for a rank to start and read its weights"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; there is no encryption")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()
@@ -55,7 +58,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(str(error))
     args.name = args.name or (args.model.resolve().name if args.model else Path(args.source["checkpoint"]).stem)
     args.experts_per_rank = args.experts_per_rank or -(-model.num_experts // max(1, args.ranks - 1))
-    if args.chunk < 2 or min(args.ranks, args.rows, args.context, args.max_queue) < 1 or args.ranks > args.max_ranks:
+    least = min(args.ranks, args.rows, args.context, args.max_queue, args.start_timeout)
+    if args.chunk < 2 or not least >= 1 or args.ranks > args.max_ranks:
         parser.error("--chunk must be at least 2, the other numbers 1, --ranks at most --max-ranks")
     if model.max_length and args.context > model.max_length:
         parser.error(f"--context must be at most {model.max_length}, what the model was made for; got {args.context}")
@@ -72,6 +76,7 @@ async def serve(args: argparse.Namespace) -> None:
         context=args.context,
         detection_timeout_s=args.detect,
         max_queue=args.max_queue,
+        start_timeout_s=args.start_timeout,
     )
     token = os.environ.get(TOKEN_VARIABLE)
     if not token:

@@ -1,6 +1,8 @@
 // The static part of an operation, as the custom calls of every platform get it.
 #pragma once
 
+#include <string>
+
 #include "runtime/format.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -24,6 +26,27 @@ inline RowFormat MakeFormat(const OpAttributes& attributes, xla::ffi::DataType t
   format.fp8 = {ScaleFormat(attributes.scale_format), attributes.round_scale != 0};
   format.hidden = hidden;
   return format;
+}
+
+// Sizes of arrays that must be the group's; -1: none to check. A program may have been traced for another group.
+struct Sizes {
+  int64_t top_k = -1, experts = -1, ranks = -1, tokens = -1;
+
+  bool Fit(const Capacity& group) const {
+    auto fits = [](int64_t got, int64_t want) { return got < 0 || got == want; };
+    return fits(top_k, group.top_k) && fits(experts, group.experts_per_rank) && fits(ranks, group.max_ranks) &&
+           fits(tokens, group.max_tokens);
+  }
+};
+
+inline Sizes HandleSizes(const xla::ffi::Buffer<xla::ffi::S32>& row_of, int64_t experts = -1) {
+  auto dims = row_of.dimensions();
+  return {.top_k = dims[2], .experts = experts, .ranks = dims[0], .tokens = dims[1]};
+}
+
+inline xla::ffi::Error SizesDiffer(const char* op) {
+  return xla::ffi::Error::InvalidArgument(std::string(op) + ": the arrays must have the sizes of the group's config; " +
+                                          "initialize with the config that the program uses");
 }
 
 }  // namespace jax_nixlep

@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from jax_nixlep import _host
+from jax_nixlep import _host, _order
 from jax_nixlep._host import Endpoint, EpError, NixlError, Region, RegionAgent
 from jax_nixlep._vary import vary
 
@@ -114,9 +114,10 @@ def attributes(
     }
 
 
-# A primitive of our own instead of jax.ffi.ffi_call, for one reason: XLA must not drop the exchange of a rank that does
-# not look at the result (one with zero tokens has none to look at), since its peers wait for it. ffi_call can only say
-# so through a JAX effect, and effects are refused by jax.checkpoint before jax 0.12.
+# A primitive of our own instead of jax.ffi.ffi_call, for one reason: XLA must not drop the exchange of a rank that has
+# no use for its content (one with zero tokens), since its peers wait for it. ffi_call can only say so through a JAX
+# effect, and effects are refused by jax.checkpoint before jax 0.12. So JAX itself still drops what no result of the
+# program depends on (docs/sharp_bits.md).
 _call_p = Primitive("jax_nixlep")
 _call_p.multiple_results = True
 _call_p.def_abstract_eval(lambda *_, results, **__: [jax.core.ShapedArray(r.shape, r.dtype) for r in results])
@@ -128,7 +129,10 @@ def _lower(ctx, *operands, name, results, attrs):
         raise NotImplementedError(
             f"{name}: the program must be for an NVIDIA GPU; got cpu; use dispatch and combine, which run on both"
         )
-    return jax.ffi.ffi_lowering(_TARGET.format(name), has_side_effect=True)(ctx, *operands, **dict(attrs))
+    attributes = dict(attrs)
+    if "ordinal" in attributes:
+        attributes["ordinal"] = np.int64(_order.number_in_program(ctx.module_context, int(attributes["ordinal"])))
+    return jax.ffi.ffi_lowering(_TARGET.format(name), has_side_effect=True)(ctx, *operands, **attributes)
 
 
 mlir.register_lowering(_call_p, _lower)
@@ -139,7 +143,12 @@ def _compiled(**params: Any) -> Any:
     return jax.jit(lambda *args: _call_p.bind(*args, **params))
 
 
-_call_p.def_impl(lambda *args, **params: _compiled(**params)(*args))
+def _run(*args: jax.Array, attrs: tuple[tuple[str, np.int64], ...], **params: Any) -> Any:
+    alone = tuple((name, np.int64(0) if name == "ordinal" else value) for name, value in attrs)  # a program of its own
+    return _compiled(attrs=alone, **params)(*args)
+
+
+_call_p.def_impl(_run)
 
 
 def call(name: str, results: Sequence[jax.ShapeDtypeStruct], *args: jax.Array, **attrs: np.int64) -> list[jax.Array]:

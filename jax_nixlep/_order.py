@@ -1,14 +1,19 @@
 """The order of operations in a program: its call numbers, and the edges that make it explicit.
 
 XLA may run two operations without data between them in either order, or at once, and differently on each rank. So
-each operation has a number, counted while the program is traced and carried by its messages: ranks that disagree find
-out (ffi/runtime/endpoint.cc). And each operation returns a zero that a later one can take as `after=`. That zero is a
-float, so that its cotangent orders the backward operations too, in reverse.
+each operation has a number, carried by its messages: ranks that disagree find out (ffi/runtime/endpoint.cc). And each
+operation returns a zero that a later one can take as `after=`. That zero is a float, so that its cotangent orders the
+backward operations too, in reverse.
+
+An operation and its gradient share the number that the process gives each call when it is traced. What JAX keeps of a
+trace (the body of a scan) may be part of another program later, so programs count anew, when they are lowered, in the
+order in which calls first appear: equal programs have equal numbers, whatever was traced before.
 """
 
 from __future__ import annotations
 
-import weakref
+import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +21,18 @@ from jax._src import core as _core  # no public name for the stack of traces
 
 from jax_nixlep._vary import vary
 
-_counts: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+_calls = itertools.count(1)
+
+
+def number_in_program(module_context: Any, ordinal: int) -> int:
+    """The number, from 1, of a traced call in the program that is lowered; 0 stays 0."""
+    # The one thing that JAX keeps for as long as it lowers a program, and where others' keys do no harm.
+    numbers = module_context.cached_primitive_lowerings.setdefault(number_in_program, {})
+    return numbers.setdefault(ordinal, len(numbers) + 1) if ordinal else 0
 
 
 def next_ordinal(op: str) -> int:
-    """The number of this call of `op` within the program being traced; 0 where each operation is its own program.
+    """The number of this call of `op`, in this process; 0 where each operation is its own program.
 
     Raises:
       NotImplementedError: under vmap: a batch of exchanges has no meaning of its own.
@@ -31,11 +43,7 @@ def next_ordinal(op: str) -> int:
         raise NotImplementedError(
             f"{op}: must not be called under vmap; got a batched call; fold the batch into tokens"
         )
-    if "DynamicJaxprTrace" not in kinds:
-        return 0
-    program = stack[kinds.index("DynamicJaxprTrace")]
-    _counts[program] = ordinal = _counts.get(program, 0) + 1
-    return ordinal
+    return next(_calls) if "DynamicJaxprTrace" in kinds else 0
 
 
 def edge(after: jax.Array | None) -> jax.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import itertools
 import json
 import math
 import secrets
@@ -162,7 +163,7 @@ class EpGroup:
         """Begins a change of the members, or (None) of the placement only. Any one member calls, from any thread.
 
         Returns at once; connecting, moving weights and warming up go on in the background of all, while they serve.
-        An equal call on another member joins this one.
+        An equal call on another member, or one without `table=` for the same members, joins this one.
 
         Args:
           members: all ranks after the change. New ones call `initialize(join=True)`, before or after this.
@@ -272,6 +273,10 @@ class EpGroup:
         self._rendezvous.barrier("active")
         if self._elastic is not None:
             self._elastic.open(self._rendezvous.nonces(self._seats[0]), timeout_s)
+        if self._server is None:
+            self._rendezvous.say("begun")
+        else:
+            self._rendezvous.barrier("begun")  # may leave at once, and takes the store along
 
     def _activate(self) -> None:
         for seat in self._seats:
@@ -334,6 +339,7 @@ def initialize(
     join: bool = False,
     num_experts: int | None = None,
     restore: Restore | None = None,
+    restore_timeout_s: float = 600.0,
     move_bytes_per_s: float | None = None,
 ) -> EpGroup:
     """Joins this process to its expert-parallel group. Collective: every member must call, with an equal config.
@@ -366,6 +372,8 @@ def initialize(
       num_experts: logical experts of an elastic group; default: one for each slot of the first members.
       restore: restore(expert_ids) gives the weights of experts that no rank holds any more, as `group.load` takes
         experts, one row for each id; such as from a checkpoint.
+      restore_timeout_s: how long that may take, with moving the other experts. After three attempts the group serves
+        without the experts.
       move_bytes_per_s: how fast this rank copies weights from others while it serves; None = as fast as it goes.
 
     Returns:
@@ -384,22 +392,25 @@ def initialize(
             raise RuntimeError("initialize: must be called once; got a second call; call jax_nixlep.shutdown() first")
         if on_timeout not in ("raise", "mask"):
             raise ValueError(f'initialize: on_timeout must be "raise" or "mask"; got {on_timeout!r}; choose one')
-        for name, value in (("timeout_s", timeout_s), ("init_timeout_s", init_timeout_s)):
+        times = {"timeout_s": timeout_s, "init_timeout_s": init_timeout_s, "restore_timeout_s": restore_timeout_s}
+        for name, value in times.items():
             if not value > 0:
                 raise ValueError(f"initialize: {name} must be positive; got {value}; give seconds")
         elastic = elastic or join
         if elastic and mesh is not None:
             raise ValueError("initialize: elastic must be False with a mesh, whose ranks are fixed; got True; drop one")
         if mesh is not None:
+            number = next(_mesh_groups)
             if rank is not None or members is not None:
                 raise ValueError("initialize: mesh= must come without rank= and members=; got both; drop one side")
             places, size = _mesh_places(mesh, axis)
             ranks: Sequence[int] = range(size)
-            url, secret, server = _mesh_store(store, secret)
+            _check_ranks(config, ranks, [place[2] for place in places])
+            url, secret, server = _mesh_store(store, secret, number, init_timeout_s)
         else:
             places, ranks, url, secret = _member_places(rank, members, store, secret, elastic, join)
+            _check_ranks(config, ranks, [place[2] for place in places])
             server = None
-        _check_ranks(config, ranks, [place[2] for place in places])
         if elastic and (platform := places[0][0].platform) != "cpu":
             raise ValueError(
                 f"initialize: elastic must be False on a {platform}, where groups are fixed so far; got True; set "
@@ -419,7 +430,12 @@ def initialize(
                 mask_late_peers=on_timeout == "mask",
             )
 
-        seats = [Seat(device, team, r, make_endpoint(device, r)) for device, team, r in places]
+        try:
+            seats = [Seat(device, team, r, make_endpoint(device, r)) for device, team, r in places]
+        except BaseException:
+            if server is not None:
+                server.close()
+            raise
         group = EpGroup(config, [] if join else ranks, seats)
         group._server = server
         make_elastic: Callable[[], Elastic] | None = None
@@ -440,6 +456,7 @@ def initialize(
                     timeout_s=timeout_s,
                     join_timeout_s=init_timeout_s,
                     restore=restore,
+                    restore_timeout_s=restore_timeout_s,
                     bytes_per_s=move_bytes_per_s,
                 )
             if url is None:
@@ -545,7 +562,12 @@ def _mesh_places(mesh: jax.sharding.Mesh, axis: str | tuple[str, ...]) -> tuple[
     return places, math.prod(sizes)
 
 
-def _mesh_store(url: str | None, secret: str | None) -> tuple[str | None, str | None, StoreServer | None]:
+_mesh_groups = itertools.count()  # of a job, one after the other: all processes count alike
+
+
+def _mesh_store(
+    url: str | None, secret: str | None, number: int, timeout_s: float
+) -> tuple[str | None, str | None, StoreServer | None]:
     """The store of a mesh's processes: the given one, the launcher's, or one that process 0 serves."""
     env = _launched()
     if url is None and env is not None:
@@ -559,12 +581,18 @@ def _mesh_store(url: str | None, secret: str | None) -> tuple[str | None, str | 
     from jax._src.distributed import global_state  # the job's own key-value service has no public name
 
     client: Any = global_state.client
-    key = "jax_nixlep/store"
+    key = f"jax_nixlep/store/{number}"
     if jax.process_index() == 0:
         host = str(global_state.coordinator_address).rsplit(":", 1)[0]
         secret = secrets.token_hex(16)
         server = StoreServer(host=host, secret=secret)
-        client.key_value_set(key, json.dumps([server.url, secret]), allow_overwrite=True)
+        client.key_value_set(key, json.dumps([server.url, secret]))
         return server.url, secret, server
-    url, secret = json.loads(client.blocking_key_value_get(key, 60_000))
+    try:
+        url, secret = json.loads(client.blocking_key_value_get(key, int(1e3 * timeout_s)))
+    except jax.errors.JaxRuntimeError as error:
+        raise TimeoutError(
+            f"initialize: process 0 did not arrive within {timeout_s:g} s ({error}); check that all call initialize "
+            "equally often, or raise init_timeout_s"
+        ) from error
     return url, secret, None

@@ -213,7 +213,8 @@ class _Job:
                 self._start(rank)
             while self._live:
                 for key, _ in self._selector.select(_POLL_S):
-                    key.data()
+                    if key.fileobj in self._selector.get_map():  # else closed by the exit just before it
+                        key.data()
                 if self._kill_at is None and self._signal:
                     self._stop(128 + self._signal, [f"stopped by {signal.Signals(self._signal).name}"])
                 if self._kill_at is None and time.monotonic() >= deadline:

@@ -31,10 +31,12 @@ class MoeAux(NamedTuple):
     """What a layer reports beside its output.
 
     Attributes:
-      loss: [] float32, the router's weighted losses over the whole batch; add it to the training loss.
+      loss: [] float32, the router's weighted losses; add it to the training loss.
       load_balance_loss, z_loss: [] float32, unweighted.
-      load: [L] int32, tokens of the whole batch that chose each logical expert.
-      dropped: [] int32, rows dropped for want of capacity, on all ranks.
+      load: [L] int32, tokens that chose each logical expert.
+      dropped: [] int32, rows dropped for want of capacity.
+        These are over the whole batch and all ranks with a mesh or `token_axes`; in a process that is a rank by itself,
+        over its own tokens and its own experts' rows.
       order: [n] float32 zeros, one value on each rank; pass it as `after=` to a layer that must run later.
     """
 
@@ -89,7 +91,9 @@ def nixlep_moe(
       token_axes: mesh axes over which tokens are spread; with a mesh default all but `tensor_axis`.
       tensor_axis: mesh axis that splits F (and F') of every expert; results are summed over it.
       chunk_tokens: most tokens of a rank in one exchange, default and at most `config.max_tokens_per_rank`; longer
-        inputs are cut into chunks that are recomputed in the backward pass.
+        inputs are cut into chunks that are recomputed in the backward pass. All ranks must have as many chunks: where
+        processes that are ranks by themselves bring different numbers of tokens, each must stay within one chunk, or
+        fill up with tokens of `token_mask` False.
       recv_capacity: rows per exchange, see `dispatch`. Default: the worst case of the chunk where config has none.
       backend: "native": NIXL and shared memory. "xla": plain JAX collectives over `axis`, no group needed.
       after: `aux.order` or the result of an earlier layer; the layer runs after it.
@@ -117,6 +121,8 @@ def nixlep_moe(
         backend=backend,
     )
     mask = jnp.ones(x.shape[:-1], bool) if token_mask is None else token_mask
+    if token_mask is not None:
+        x = jnp.where(token_mask[..., None], x, 0)  # padding may be NaN, and 0 * NaN in a gradient is NaN
     if mesh is None:
         return layer(x, mask, dict(params), placement, after, token_axes=token_axes or ())
 

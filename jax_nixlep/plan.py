@@ -95,7 +95,7 @@ def run_phase(crew: Crew, plan: Sequence[Sequence[int]], i: int, steps: int) -> 
             crew.start(rank, None if i else members)
     before = survivors(plan[i - 1]) if i else members
     if before != members:
-        crew.tell(next(r for r in before if r in survivors(plan[i])), do="resize", members=members)
+        crew.tell(next(r for r in before if r in members), do="resize", members=members)
     crew.wait_right(members, steps)
     print(f"phase {i}: ranks {members} right after {time.monotonic() - began:.1f} s", flush=True)
     crew.wait_gone(r for r in before if r not in members)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,7 +15,7 @@ import jax
 
 from jax_nixlep import _ffi, _nixl
 from jax_nixlep.config import EpConfig
-from jax_nixlep.store import Store
+from jax_nixlep.store import Store, StoreError
 
 _POLL_S = 0.01
 _CLOSE_TIMEOUT_S = 1.0
@@ -48,6 +49,7 @@ class Rendezvous:
         self._hellos: dict[Seat, dict[int, dict[str, Any]]] = {}
         self._session: dict[Seat, str] = {}
         self._steps: set[str] = set()  # for which something was published
+        self._barriers: list[str] = []  # the last one
 
     def connect(self) -> None:
         """Connects every seat's endpoint to all members.
@@ -72,7 +74,20 @@ class Rendezvous:
           TimeoutError: names the ranks that did not, within `timeout_s` of now.
         """
         self._deadline = time.monotonic() + self._timeout_s
-        self._exchange(name, dict.fromkeys(self._seats, True), op)
+        try:
+            # Who passes may leave at once: others still read what it said, until nobody waits any more.
+            self._exchange(name, dict.fromkeys(self._seats, True), op, ttl_s=2 * self._timeout_s)
+        except BaseException:
+            self._withdraw(name)  # nobody may pass it later, when this process is no longer there
+            raise
+        for passed in self._barriers:  # all have passed it, since they have come to this one
+            self._withdraw(passed)
+        self._barriers = [name]
+
+    def say(self, name: str) -> None:
+        """Counts as a call of `barrier` for those that wait in it, without waiting."""
+        for seat in self._seats:
+            self._put(seat, name, True, 2 * self._timeout_s)
 
     def nonces(self, seat: Seat) -> dict[int, int]:
         """Of the members' regions, by rank."""
@@ -86,7 +101,7 @@ class Rendezvous:
         """
         for seat in self._session:
             for what in ("hello", *(f"{self._session[seat]}/{step}" for step in self._steps)):
-                self._store.delete(f"{self._prefix(seat)}{what}/{seat.rank}", timeout_s=_CLOSE_TIMEOUT_S)
+                self._store.delete(f"{self._prefix(seat)}{what}/{seat.rank}/", timeout_s=_CLOSE_TIMEOUT_S)
 
     # --- Steps ---
 
@@ -101,7 +116,7 @@ class Rendezvous:
             seen = {str(r): hellos[r]["address"]["nonce"] for r in hellos} | {str(seat.rank): address["nonce"]}
             hello = {"config": described, "address": address, "seen": seen}
             if published.get(seat) != hello:
-                self._store.put(f"{self._prefix(seat)}hello/{seat.rank}", json.dumps(hello).encode())
+                self._store.put(f"{self._prefix(seat)}hello/{seat.rank}/", json.dumps(hello).encode())
                 published[seat] = hello
             alive = {r: h for r, h in hellos.items() if h["seen"].get(str(seat.rank)) == address["nonce"]}
             for peer, theirs in alive.items():
@@ -156,11 +171,14 @@ class Rendezvous:
 
     # --- Store access ---
 
-    def _exchange(self, step: str, values: dict[Seat, Any], op: str = "initialize") -> dict[Seat, dict[int, Any]]:
-        """Publishes each seat's value for `step` and returns those of all members."""
-        self._steps.add(step)
+    def _exchange(
+        self, step: str, values: dict[Seat, Any], op: str = "initialize", ttl_s: float | None = None
+    ) -> dict[Seat, dict[int, Any]]:
+        """Publishes each seat's value for `step`, for so long, and returns those of all members."""
+        if ttl_s is None:
+            self._steps.add(step)
         for seat, value in values.items():
-            self._put(seat, step, value)
+            self._put(seat, step, value, ttl_s)
         found: dict[Seat, dict[int, Any]] = {}
 
         def missing(seat: Seat) -> list[int]:
@@ -186,12 +204,19 @@ class Rendezvous:
                 )
             time.sleep(_POLL_S)
 
-    def _put(self, seat: Seat, step: str, value: Any) -> None:
-        self._store.put(f"{self._prefix(seat)}{self._session[seat]}/{step}/{seat.rank}", json.dumps(value).encode())
+    def _put(self, seat: Seat, step: str, value: Any, ttl_s: float | None = None) -> None:
+        key = f"{self._prefix(seat)}{self._session[seat]}/{step}/{seat.rank}/"
+        self._store.put(key, json.dumps(value).encode(), ttl_s=ttl_s)
 
     def _scan(self, seat: Seat, step: str) -> dict[int, Any]:
         prefix = f"{self._prefix(seat)}{step}/"
-        return {int(key[len(prefix) :]): json.loads(value) for key, value in self._store.scan(prefix).items()}
+        return {int(key[len(prefix) : -1]): json.loads(value) for key, value in self._store.scan(prefix).items()}
+
+    def _withdraw(self, step: str) -> None:
+        with contextlib.suppress(StoreError):
+            for seat in self._seats:
+                key = f"{self._prefix(seat)}{self._session[seat]}/{step}/{seat.rank}/"
+                self._store.delete(key, timeout_s=_CLOSE_TIMEOUT_S)
 
     @staticmethod
     def _prefix(seat: Seat) -> str:

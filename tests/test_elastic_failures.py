@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from ranks import RankError, RankPool
-from test_elastic import CONFIG, expected, make_batch, program, serve, start, summary
+from test_elastic import CONFIG, expected, expert_weights, make_batch, program, serve, start, summary, wait_until
 
 import jax_nixlep as nx
 from jax_nixlep.crew import Crew, Settings
@@ -254,6 +254,63 @@ def test_experts_that_cannot_be_restored_do_not_stop_the_group():
         pool.close()
     assert set(caught.value.errors) == {1} and "exit code -9" in caught.value.errors[1], caught.value
     assert caught.value.results[0] == ((0,), [2, 3])
+
+
+def rank_leader_dies(job):
+    """Rank 2 dies, and rank 0, which leads, while it restores what was lost."""
+
+    def restore(ids):
+        if job.rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return expert_weights(ids)
+
+    group = start(job, [0, 1, 2], timeout_s=0.5, restore=restore)
+    table = np.full(CONFIG.num_slots, -1)
+    table[[0, 1, 4, 5, 8, 9]] = [0, 1, 0, 1, 2, 3]
+
+    def drive():
+        while not group.epoch:
+            time.sleep(0.01)
+        group.resize([0, 1, 2], table=table)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if job.rank == 2:
+        threading.Thread(target=drive).start()
+    serve(group, lambda: group.members == (1,) and not group.lost_experts)
+
+
+def rank_dies_before_the_first_step(job):
+    """Rank 0, which alone has experts, dies when all have begun."""
+    group = start(job, [0, 1, 2], restore=expert_weights)
+    if job.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    healed = lambda: group.epoch > 1 and not group.lost_experts  # noqa: E731
+
+    def drive():
+        wait_until(healed)
+        group.resize([1])
+
+    if job.rank == 1:
+        threading.Thread(target=drive).start()
+    serve(group, lambda: group.members == (1,))
+    assert [switch.members for switch in group.elastic.history][:2] == [(1, 2), (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("function", "dead", "transport"),
+    [(rank_leader_dies, {0, 2}, "nixl"), (rank_dies_before_the_first_step, {0}, "shared")],
+)
+def test_lost_experts_come_back(function, dead, transport):
+    pool = RankPool(3, {"JAX_NIXLEP_P2P": "0" if transport == "nixl" else "1"})
+    try:
+        with pytest.raises(RankError) as caught:
+            pool.run(function, timeout_s=60)
+    finally:
+        pool.close()
+    assert set(caught.value.errors) == dead, caught.value
+    assert all("exit code -9" in text for text in caught.value.errors.values()), caught.value
+    assert set(caught.value.results) == {0, 1, 2} - dead
 
 
 def rank_store_dies_in_prepare(job, url):

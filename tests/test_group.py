@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ranks import RankError
+from ranks import RankError, RankPool
 from test_ops import make_config, make_input
 
 import jax_nixlep as nx
@@ -175,6 +175,17 @@ def test_symmetric_memory_has_no_factor_of_the_experts():
     assert sizes[0] == sizes[1]
 
 
+def test_a_program_of_another_config_is_refused():
+    x, ids, weights = make_input(CONFIG, 0, 4, 0)
+    changes = {"max_ranks": CONFIG.max_ranks + 1, "experts_per_rank": CONFIG.experts_per_rank + 1}
+    changes |= {"max_tokens_per_rank": CONFIG.max_tokens_per_rank + 1}
+    for name, value in changes.items():
+        nx.initialize(make_config(**{name: value}), rank=0, members=[0])
+        with pytest.raises(FAILED, match="dispatch: the arrays must have the sizes of the group's config"):
+            jax.block_until_ready(nx.dispatch(x, ids, weights, config=CONFIG))
+        nx.shutdown()
+
+
 def test_split_operations_on_a_cpu_are_refused():
     x, ids, weights = make_input(CONFIG, 0, 4, 0)
     with pytest.raises(NotImplementedError, match="dispatch_start: the program must be for an NVIDIA GPU; got cpu"):
@@ -231,7 +242,12 @@ def rank_initialize(job, *, configs=None, members=None, **options):
     job.initialize(config, **options)
 
 
+def rank_leaves_at_once(job):
+    job.initialize(make_config(max_ranks=3), init_timeout_s=10)
+
+
 def test_a_rank_that_never_arrives_is_named(pools):
+    pools(3).run(rank_leaves_at_once)  # all processes are there, and quick
     with pytest.raises(RankError) as caught:
         pools(3).run(rank_initialize, configs=[make_config(max_ranks=3)] * 3, init_timeout_s=2, only=[0, 2])
     for rank in (0, 2):
@@ -359,6 +375,30 @@ def test_a_rank_that_is_too_late_is_masked(pools):
     assert answers[1][1] is None or re.search("went on|has left the group", answers[1][1])
 
 
+def rank_beside_a_dead_one(job):
+    """Rank 2 is dead, rank 1 slow: who is said to be missing."""
+    config = make_config(max_ranks=3)
+    group = job.initialize(config, on_timeout="mask", timeout_s=10)
+    if job.rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1 + job.rank)
+    received = nx.dispatch(*make_input(config, job.rank, 4, 0), config=config)
+    return np.asarray(received.status.peers).tolist(), group.health().masked
+
+
+def test_only_the_peer_that_cannot_be_written_to_is_masked():
+    pool = RankPool(3, {"JAX_NIXLEP_P2P": "0", "UCX_TLS": "tcp"})
+    try:
+        with pytest.raises(RankError) as caught:
+            pool.run(rank_beside_a_dead_one, timeout_s=60)
+    finally:
+        pool.close()
+    assert set(caught.value.errors) == {2}, caught.value
+    late = [nx.PEER_OK, nx.PEER_OK, nx.PEER_TIMED_OUT]
+    for peers, masked in caught.value.results.values():
+        assert peers == late and masked == (2,)
+
+
 def rank_wait_for_nobody(job, seconds):
     """Rank 0 waits in a step that rank 1 never joins; returns the error and how long it took."""
     job.initialize(CONFIG, timeout_s=30)
@@ -398,6 +438,11 @@ def rank_killed(job):
         jax.block_until_ready(nx.dispatch(x, ids, weights, config=CONFIG))
     except FAILED as error:
         raise AssertionError(str(error).removeprefix("ABORTED: ")) from None
+
+
+def test_a_rank_may_leave_before_others_have_begun(pools):
+    for _ in range(5):
+        pools(3).run(rank_leaves_at_once)
 
 
 def rank_shut_down_after(job, url, seconds):

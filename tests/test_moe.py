@@ -1,6 +1,7 @@
 """The layer: independent processes, meshes of one process, and a jax.distributed mesh over four."""
 
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -227,6 +228,36 @@ def scan_and_order_job():
 
 def test_scan_and_order(on_fake_devices):
     on_fake_devices(scan_and_order_job)
+
+
+def test_equal_programs_have_equal_numbers():
+    """Whatever was traced before: JAX keeps the traced body of a scan for the next program that has it."""
+    config, x, ids = make_config(1), jnp.ones((4, HIDDEN)), jnp.zeros((4, TOP_K), jnp.int32)
+
+    def body(x, _):
+        received = nx.dispatch(x, ids, config=config)
+        return nx.combine(received.tokens, received.handle, config=config), None
+
+    def numbers():
+        text = jax.jit(lambda x: jax.lax.scan(body, body(x, None)[0], length=3)).lower(x).as_text()
+        return re.findall(r"ordinal = (\d+)", text)
+
+    assert numbers() == ["1", "2", "3", "4"]
+    jax.eval_shape(lambda x: jax.lax.scan(body, body(body(x, None)[0], None)[0], length=7), x)
+    assert numbers() == ["1", "2", "3", "4"]
+
+
+def test_padding_may_be_nan():
+    config, params, x = make_config(1), make_params(), make_tokens(2, 4)
+    mask = np.arange(4) < np.array([[2], [4]])
+
+    def loss(x, params):
+        y, aux = nx.nixlep_moe(x, params, config=config, router=ROUTER, token_mask=mask, backend="xla")
+        return (y**2).sum() + aux.loss
+
+    want = jax.grad(loss, (0, 1))(np.where(mask[..., None], x, 0), params)
+    got = jax.grad(loss, (0, 1))(np.where(mask[..., None], x, np.nan).astype(np.float32), params)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_distributed_mesh():

@@ -81,6 +81,8 @@ def successors(world, cache):
             ahead = 1 if rank.running else 0
             promised = world.replaced(i, promise=rank.boundary + ahead)
             yield promised.append(kind="hold", change="c", rank=i, step=rank.boundary + ahead)
+        if change and change.phase == "switch" and i in set(change.members) - {*state.members, *change.arrived}:
+            yield world.append(kind="arrive", epoch=state.epoch, rank=i, change="c")  # a newcomer, which waits
         # The program's thread, at a boundary.
         if rank.running or i not in state.members:
             continue
@@ -196,6 +198,8 @@ class Protocol(RuleBasedStateMachine):
             gone = set(self.state.evicted)
             stopped = {r for r in before.members if (before.epoch, r) in self.arrived}
             assert stopped | gone >= set(before.members), "an epoch began while a member of the last may still serve"
+            here = {r for r in self.state.members if (before.epoch, r) in self.arrived}
+            assert here == set(self.state.members), "an epoch began with a member that did not come"
 
     ranks = st.integers(0, 4)
     ids = st.sampled_from(["start", "c1", "c2", "c3", "c4", "c5", "c6"])

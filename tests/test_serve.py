@@ -197,7 +197,15 @@ GOOD = {"model": "tiny", "prompt": "a"}
         (GOOD | {"prompt": [1, 256]}, 400, "tokens, from 0 to 255"),
         (GOOD | {"temperature": -1}, 400, "temperature"),
         (GOOD | {"logprobs": 3}, 400, "logprobs: Extra inputs are not permitted"),
-        ("x" * (9 << 20), 413, "at most"),
+        (GOOD | {"stop": ["a"] * 5}, 400, "stop: List should have at most 4 items"),
+        (GOOD | {"stop": ["a", "b" * 257]}, 400, "stop.1: String should have at most 256 characters"),
+        (GOOD | {"stop": ""}, 400, "stop.0: String should have at least 1 character"),
+        (GOOD | {"stop": "\ud800"}, 400, "stop: must have whole characters"),
+        (GOOD | {"prompt": ["a"] * 129}, 400, "prompt: must have at most 128 prompts; got 129"),
+        (GOOD | {"prompt": "\ud800"}, 400, "prompt: must have whole characters"),
+        (GOOD | {"prompt": ["a", "b\udfff"]}, 400, "prompt: must have whole characters"),
+        (GOOD | {"prompt": []}, 400, "prompt: Value should have at least 1 item"),
+        ("x" * ((2 << 20) + 1), 413, "at most 2097152 bytes"),
     ],
 )
 def test_malformed_requests_are_refused_in_openais_form(server, body, status, words):
@@ -298,6 +306,16 @@ def test_requests_wait_while_the_ranks_that_are_left_have_no_room_for_all_expert
     assert len(missing) == 2, "8 experts, 6 slots"
     assert answers == expected
     assert server.get("/health").json()["missing_experts"] == []
+
+
+def test_a_start_that_takes_longer_than_it_may_ends_the_server(tmp_path):
+    options = ("--checkpoint", random_checkpoint(tmp_path), "--start-timeout", 1)
+    server = Server(tmp_path / "log", *options)
+    try:
+        assert server.process.wait(60) == 1
+    finally:
+        server.process.kill()
+    assert "a rank did not take a first step in time" in (tmp_path / "log").read_text()
 
 
 def test_a_folder_of_hugging_face_is_served_through_a_resize(tmp_path):

@@ -32,7 +32,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids; with `special` those that begin a text, if the model has them."""
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        # A batch of one: other than `encode`, it lets other threads run meanwhile.
+        return self._tokenizer.encode_batch([text], add_special_tokens=special)[0].ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids))

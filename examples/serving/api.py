@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,8 +23,9 @@ from serving.metrics import Metrics
 from serving.router import ChangeRuns, Overloaded, Router, ScaleError, Stream, Unavailable
 from serving.schema import ChatRequest, CompletionRequest, Generation, ScaleRequest
 
-_MAX_BODY_BYTES = 8 << 20
+_MAX_BODY_BYTES = 2 << 20
 _DISCONNECT_POLL_S = 0.5
+_log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
@@ -127,7 +129,7 @@ def create_app(router: Router, name: str, control_token: str) -> FastAPI:
         choices: list[Choice] = []
         try:
             for prompt in prompts:
-                choices.append(Choice(router, router.submit(prompt, max_tokens, **sampling), body.stops))
+                choices.append(Choice(router, router.submit(prompt, max_tokens, **sampling), body.stop))
         except Exception:
             for choice in choices:
                 choice.stream.cancel()
@@ -154,14 +156,14 @@ def create_app(router: Router, name: str, control_token: str) -> FastAPI:
     async def stream_pieces(
         head: dict[str, Any], choices: list[Choice], form: Form, include_usage: bool
     ) -> AsyncIterator[str]:
-        news: asyncio.Queue[tuple[int, str | Unavailable | None]] = asyncio.Queue()
+        news: asyncio.Queue[tuple[int, str | Exception | None]] = asyncio.Queue()
 
         async def follow(i: int, choice: Choice) -> None:
             try:
                 async for text in choice.pieces():
                     news.put_nowait((i, text))
                 news.put_nowait((i, None))
-            except Unavailable as error:
+            except Exception as error:  # whatever it is: the reader waits for news
                 news.put_nowait((i, error))
 
         def event(choice: dict[str, Any] | None, **more: Any) -> str:
@@ -176,8 +178,8 @@ def create_app(router: Router, name: str, control_token: str) -> FastAPI:
             left = len(choices)
             while left:
                 i, text = await news.get()
-                if isinstance(text, Unavailable):
-                    yield f"data: {json.dumps(ApiError(503, str(text)).body())}\n\n"
+                if isinstance(text, Exception):
+                    yield f"data: {json.dumps(_stream_error(text).body())}\n\n"
                     return
                 left -= text is None
                 yield event(_choice(i, form.piece(text or ""), choices[i].finish if text is None else ""))
@@ -196,17 +198,16 @@ def create_app(router: Router, name: str, control_token: str) -> FastAPI:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Any:
-        prompt = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt
-        prompts = [router.model.encode(one) if isinstance(one, str) else one for one in prompt]
+        def encode() -> list[list[int]]:
+            return [router.model.encode(one) if isinstance(one, str) else one for one in body.prompts]
+
+        prompts = await asyncio.to_thread(encode)  # long texts take long: the event loop has answers to hand on
         return await respond(request, body, submit(body, prompts, body.max_tokens), COMPLETION)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Any:
         messages = [{"role": message.role, "content": message.text} for message in body.messages]
-        try:
-            prompt = router.model.apply_chat(messages)
-        except FileNotFoundError as error:
-            raise ApiError(400, str(error), param="messages") from None
+        prompt = await asyncio.to_thread(router.model.apply_chat, messages)
         room = max(1, router.options.context - len(prompt))
         max_tokens = body.max_completion_tokens or body.max_tokens or room
         return await respond(request, body, submit(body, [prompt], max_tokens), CHAT)
@@ -269,7 +270,8 @@ def create_app(router: Router, name: str, control_token: str) -> FastAPI:
         return error_response(ApiError(error.status_code, str(error.detail)))
 
     @app.exception_handler(ValueError)
-    async def on_value_error(_: Request, error: ValueError) -> Response:
+    @app.exception_handler(FileNotFoundError)  # a model without a tokenizer, or without a chat template
+    async def on_refusal(_: Request, error: Exception) -> Response:
         return error_response(ApiError(400, str(error)))
 
     @app.exception_handler(Overloaded)
@@ -317,6 +319,14 @@ async def unless_gone(request: Request, work: asyncio.Future[Any]) -> Any:
                 await work
             raise ApiError(499, "the client hung up")
     return work.result()
+
+
+def _stream_error(error: Exception) -> ApiError:
+    """What ended a stream, as its reader is told. The text of what nobody expected is for the log alone."""
+    if isinstance(error, Unavailable):
+        return ApiError(503, str(error))
+    _log.error("an answer ended with an unexpected error", exc_info=error)
+    return ApiError(500, "the server failed to go on with this answer; its log says why")
 
 
 def _choice(index: int, fields: dict[str, Any], finish: str = "") -> dict[str, Any]:

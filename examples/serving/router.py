@@ -27,6 +27,7 @@ from serving.worker import Settings
 
 _KEPT_SWITCHES = 1024
 _ABORT_S = 5.0
+_LEAVE_S = 10.0  # for a rank that left the group to end by itself
 _log = logging.getLogger(__name__)
 
 
@@ -56,7 +57,7 @@ class Options:
       experts_per_rank: experts that a rank has room for.
       rows, chunk, context, detection_timeout_s: see `worker.Settings`.
       max_queue: requests that may wait for a row.
-      start_timeout_s: from the start of a process to its first step.
+      start_timeout_s: from the start of a process to its first step, which includes reading its weights.
     """
 
     source: dict[str, str]
@@ -123,6 +124,7 @@ class _Rank:
     def __init__(self, process: RankProcess):
         self.process, self.rank = process, process.settings.rank
         self.streams: dict[int, Stream] = {}
+        self.requeued = 0  # streams that went to others
         self.compiled = self.stepped = False
         self.recompiles = 0
         self.leaving = False  # gets no more requests; may end
@@ -426,6 +428,7 @@ class Router:
             chunk=o.chunk,
             context=o.context,
             detection_timeout_s=o.detection_timeout_s,
+            start_timeout_s=o.start_timeout_s,
         )
         started = self._ranks[rank] = _Rank(await RankProcess.start(settings, self._secret, self._programs.name))
         self._spawn(self._follow(started))
@@ -442,17 +445,30 @@ class Router:
         self._ends[rank.rank] = end = await rank.process.wait()
         del self._ranks[rank.rank]
         self._recompiles += rank.recompiles
-        for stream in reversed(rank.streams.values()):
-            stream.restarts += 1
-            self._queue.appendleft(stream)
+        self._requeue(rank)
         if not rank.leaving:
             _log.warning("rank %d ended with %s", rank.rank, end)
         if not self._ranks:
             self.members = ()
             self._fail_all(Unavailable("no rank serves any more"))
-        self._tell("ended", rank=rank.rank, requests=len(rank.streams), expected=rank.leaving)
+        self._tell("ended", rank=rank.rank, requests=rank.requeued, expected=rank.leaving)
         self._assign()
         self._wake()
+
+    def _requeue(self, rank: _Rank) -> None:
+        """Its requests go to the head of the queue; what it still says about them is ignored."""
+        for stream in reversed(rank.streams.values()):
+            stream.restarts += 1
+            self._queue.appendleft(stream)
+        rank.requeued += len(rank.streams)
+        rank.streams.clear()
+
+    async def _see_off(self, rank: _Rank) -> None:
+        """Kills a rank that is out of the group and does not end: no other change can begin before."""
+        await asyncio.sleep(_LEAVE_S)
+        if self._ranks.get(rank.rank) is rank:
+            _log.warning("rank %d left and did not end within %g s; it is killed", rank.rank, _LEAVE_S)
+            rank.process.kill()
 
     def _hear(self, rank: _Rank, message: dict[str, Any]) -> None:
         rank.recompiles = message.get("recompiles", rank.recompiles)
@@ -475,8 +491,11 @@ class Router:
             case "switch":
                 self.switches.append(message | {"rank": rank.rank})
                 if message["epoch"] > self.epoch:
-                    self.epoch, self.members = message["epoch"], tuple(message["members"])
+                    before, self.epoch, self.members = self.members, message["epoch"], tuple(message["members"])
                     self._tell("switch", **message)
+                    for gone in [self._ranks[r] for r in before if r in self._ranks and r not in self.members]:
+                        self._requeue(gone)
+                        self._spawn(self._see_off(gone))
                     if message["lost"]:
                         for lost in set(message["lost"]) & set(self._ranks):
                             self._ranks[lost].process.kill()  # it may only be late; its requests must not wait for it

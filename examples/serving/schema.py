@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic_core import PydanticCustomError
 
-Text = Annotated[str, StringConstraints(min_length=1)]
+MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256  # each is looked for whenever a token comes
+MAX_PROMPTS = 128
+
+
+def _check_characters(value: Any) -> Any:
+    r"""Refuses half of a surrogate pair ("\ud800" in JSON) in a text or a list of them: no tokenizer takes it."""
+    try:
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError(
+            "characters", "must have whole characters; got half of a surrogate pair; send both halves, or none"
+        ) from None
+    return value
+
+
+def _check_count(prompt: Any) -> Any:
+    if isinstance(prompt, list) and not isinstance(prompt[0], int) and len(prompt) > MAX_PROMPTS:
+        raise PydanticCustomError(
+            "too_many",
+            "must have at most {most} prompts; got {count}; send several requests",
+            {"most": MAX_PROMPTS, "count": len(prompt)},
+        )
+    return prompt
+
+
+def _as_list(stop: Any) -> Any:
+    return [] if stop is None else [stop] if isinstance(stop, str) else stop
+
+
+T = TypeVar("T")
+Items = Annotated[list[T], Field(fail_fast=True)]  # to collect the errors of a million wrong items takes seconds
+Characters = BeforeValidator(_check_characters)
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class _Strict(BaseModel):
@@ -22,7 +57,7 @@ class Generation(_Strict):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = None
-    stop: Text | list[Text] | None = None
+    stop: Annotated[Items[Stop], Field(max_length=MAX_STOPS), Characters, BeforeValidator(_as_list)] = []
     n: Literal[1] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -30,27 +65,33 @@ class Generation(_Strict):
     user: str | None = None
 
     @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
 
 class CompletionRequest(Generation):
-    prompt: str | list[int] | list[str] | list[list[int]] = Field(min_length=1)
+    prompt: Annotated[
+        str | Items[int] | Items[str] | Items[Items[int]],
+        Field(min_length=1),
+        AfterValidator(_check_count),
+        Characters,
+    ]
     max_tokens: int = Field(16, ge=1)
+
+    @property
+    def prompts(self) -> list[Any]:
+        """Each a text or tokens."""
+        return [self.prompt] if isinstance(self.prompt, str) or isinstance(self.prompt[0], int) else self.prompt
 
 
 class TextPart(_Strict):
     type: Literal["text"]
-    text: str
+    text: Annotated[str, Characters]
 
 
 class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[str | Items[TextPart], Characters]
     name: str | None = None
 
     @property
@@ -59,7 +100,7 @@ class Message(_Strict):
 
 
 class ChatRequest(Generation):
-    messages: list[Message] = Field(min_length=1)
+    messages: Items[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 

@@ -48,6 +48,7 @@ class Settings:
       chunk: tokens of a prompt that are read in a step.
       context: tokens of a request, prompt and answer, at most.
       detection_timeout_s: how long a rank waits for another before it gives it up.
+      start_timeout_s: how long it waits for all others to start, or to be taken in.
     """
 
     source: dict[str, str]
@@ -60,6 +61,7 @@ class Settings:
     chunk: int
     context: int
     detection_timeout_s: float
+    start_timeout_s: float
 
 
 class Worker:
@@ -89,6 +91,7 @@ class Worker:
             store=s.store,
             num_experts=model.num_experts,
             timeout_s=s.detection_timeout_s,
+            init_timeout_s=s.start_timeout_s,
             restore=model.load_experts,
             **membership,
         )

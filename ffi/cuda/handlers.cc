@@ -42,16 +42,6 @@ T* OrNull(Buffer&& buffer) {
   return buffer.element_count() ? static_cast<T*>(buffer.untyped_data()) : nullptr;
 }
 
-// Sizes that must be the group's; -1: none to check.
-struct Sizes {
-  int64_t top_k = -1, experts = -1, ranks = -1, tokens = -1;
-};
-
-Sizes HandleSizes(I32 row_of) {
-  auto dims = row_of.dimensions();
-  return {.top_k = dims[2], .experts = -1, .ranks = dims[0], .tokens = dims[1]};
-}
-
 // Launches one operation, or half of one, on the endpoint of `device`; whatever goes wrong is an error of the program.
 template <typename Function>
 ffi::Error Run(int32_t device, cudaStream_t stream, const char* name, OpTag tag, const RowFormat& format,
@@ -72,13 +62,7 @@ ffi::Error Run(int32_t device, cudaStream_t stream, const char* name, OpTag tag,
                                          std::to_string(c.row_bytes) + " bytes; got " +
                                          std::to_string(format.wire_bytes()) + "; initialize with this config");
     }
-    auto differs = [](int64_t got, int64_t want) { return got >= 0 && got != want; };
-    if (differs(sizes.top_k, c.top_k) || differs(sizes.experts, c.experts_per_rank) ||
-        differs(sizes.ranks, c.max_ranks) || differs(sizes.tokens, c.max_tokens)) {
-      return ffi::Error::InvalidArgument(std::string(name) +
-                                         ": the arrays must have the sizes of the group's config; " +
-                                         "initialize with the config that the program uses");
-    }
+    if (!sizes.Fit(c)) return SizesDiffer(name);
     function(endpoint->MakeLaunch(tag.Pack(), format, int(tokens), stream));
     const cudaError_t status = cudaGetLastError();
     if (status == cudaSuccess) return ffi::Error::Success();
@@ -102,8 +86,7 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, OpAttributes attributes
   RowFormat format = MakeFormat(attributes, x.element_type(), x.dimensions()[1]);
   format.dequantize = rows->element_type() == x.element_type();
   const bool weighted = attributes.weighted != 0;
-  Sizes sizes = HandleSizes(*row_of);
-  sizes.experts = group_sizes->dimensions()[0];
+  const Sizes sizes = HandleSizes(*row_of, group_sizes->dimensions()[0]);
   return Run(device, stream, "jax_nixlep.dispatch", Tag(OpKind::kDispatch, attributes, format, weighted), format,
              x.dimensions()[0], sizes, [&](Launch launch) {
                SendTokens(launch, {.num_tokens = int(x.dimensions()[0]),
@@ -153,8 +136,7 @@ ffi::Error DispatchFinish(cudaStream_t stream, int32_t device, OpAttributes attr
   RowFormat format = MakeFormat(attributes, x.element_type(), x.dimensions()[1]);
   format.dequantize = rows->element_type() == x.element_type();
   const bool weighted = attributes.weighted != 0;
-  Sizes sizes = HandleSizes(*row_of);
-  sizes.experts = group_sizes->dimensions()[0];
+  const Sizes sizes = HandleSizes(*row_of, group_sizes->dimensions()[0]);
   return Run(device, stream, "jax_nixlep.dispatch_finish", Tag(OpKind::kDispatch, attributes, format, weighted), format,
              0, sizes, [&](Launch launch) {
                launch.ticket = Ticket(ticket);

@@ -18,7 +18,7 @@ using Any = ffi::AnyBuffer;
 
 // Runs one operation on the endpoint of `device`; whatever goes wrong becomes an error of the XLA program.
 template <typename Function>
-ffi::Error Run(int32_t device, const char* op, const RowFormat& format, Function function) {
+ffi::Error Run(int32_t device, const char* op, const RowFormat& format, const Sizes& sizes, Function function) {
   try {
     std::shared_ptr<Endpoint> endpoint = Registry::Get().Find(device);
     if (!endpoint) {
@@ -31,6 +31,7 @@ ffi::Error Run(int32_t device, const char* op, const RowFormat& format, Function
                                          std::to_string(endpoint->capacity().row_bytes) + " bytes; got " +
                                          std::to_string(format.wire_bytes()) + "; initialize with this config");
     }
+    if (!sizes.Fit(endpoint->capacity())) return SizesDiffer(op);
     function(*endpoint);
     return ffi::Error::Success();
   } catch (const std::exception& error) {
@@ -67,7 +68,8 @@ ffi::Error DispatchHandler(int32_t device, OpAttributes attributes, Any x, I32 i
                     .invalid_ids = invalid_ids->typed_data()};
   args.format.dequantize = rows->element_type() == x.element_type();
   *order->typed_data() = 0;
-  return Run(device, "dispatch", args.format, [&](Endpoint& endpoint) { Dispatch(endpoint, args); });
+  return Run(device, "dispatch", args.format, HandleSizes(*row_of, group_sizes->dimensions()[0]),
+             [&](Endpoint& endpoint) { Dispatch(endpoint, args); });
 }
 
 ffi::Error RedispatchHandler(int32_t device, OpAttributes attributes, Any x, F32 weights, I32 ids, I32 row_of,
@@ -84,7 +86,8 @@ ffi::Error RedispatchHandler(int32_t device, OpAttributes attributes, Any x, F32
                       .rows = Bytes(*rows),
                       .row_weights = attributes.weighted ? row_weights->typed_data() : nullptr};
   *order->typed_data() = 0;
-  return Run(device, "dispatch", args.format, [&](Endpoint& endpoint) { Redispatch(endpoint, args); });
+  return Run(device, "dispatch", args.format, HandleSizes(row_of),
+             [&](Endpoint& endpoint) { Redispatch(endpoint, args); });
 }
 
 ffi::Error CombineHandler(int32_t device, OpAttributes attributes, Any rows, F32 row_weights, F32 row_scalars,
@@ -101,7 +104,7 @@ ffi::Error CombineHandler(int32_t device, OpAttributes attributes, Any rows, F32
                    .y = Bytes(*y),
                    .scalars = attributes.weighted ? scalars->typed_data() : nullptr};
   *order->typed_data() = 0;
-  return Run(device, "combine", args.format, [&](Endpoint& endpoint) { Combine(endpoint, args); });
+  return Run(device, "combine", args.format, HandleSizes(row_of), [&](Endpoint& endpoint) { Combine(endpoint, args); });
 }
 
 }  // namespace

@@ -174,7 +174,8 @@ void Dispatch(Endpoint& endpoint, const DispatchArgs& a) {
 
   Operation op(endpoint, {OpKind::kDispatch, a.ordinal, format.Digest(a.weights)}, a.num_tokens, /*broadcast=*/true);
   SendTokens(op, capacity, format, a.num_tokens, a.x, a.clean_ids, /*send_ids=*/true, a.weights);
-  for (int r = 0; r < R; ++r) a.peers[r] = int32_t(op.Wait(r));
+  for (int r = 0; r < R; ++r) op.Wait(r);
+  for (int r = 0; r < R; ++r) a.peers[r] = int32_t(op.state(r));  // a wait for one may show that another is gone
 
   // Pass 1: local expert of each choice (as -2 - expert until rows are known), and how many rows each expert wants.
   std::vector<int32_t> demand(E, 0);

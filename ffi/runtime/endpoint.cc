@@ -253,7 +253,8 @@ Operation::Operation(Endpoint& endpoint, OpTag tag, int num_tokens, bool broadca
   deadline_ = Clock::now() + microseconds(int64_t(endpoint_.options_.timeout_s * 1e6));
   num_tokens_.assign(max_ranks(), 0);
   num_tokens_[rank()] = num_tokens;
-  for (auto& peer : endpoint_.peers_) live_.push_back(peer->member && !peer->masked);
+  for (auto& peer : endpoint_.peers_)
+    states_.push_back(peer->member && !peer->masked ? PeerState::kOk : PeerState::kAbsent);
 
   // A reader that was left behind sees by this word that its source went on (Finish).
   Atomic(endpoint_.control(endpoint_.base()).begun[bank_]).store(stamp_);
@@ -305,7 +306,7 @@ Message Operation::incoming(int from) const {
 
 void Operation::Publish(int to, size_t first_bytes, size_t second_bytes, size_t row_bytes,
                         const std::function<bool(int token)>& sends_row) {
-  if (to == rank() || !live_[to]) return;
+  if (to == rank() || !live(to)) return;
   Endpoint::Peer& peer = *endpoint_.peers_[to];
   const Signal& own = endpoint_.signal(endpoint_.base(), bank_, rank());
   if (peer.memory) {
@@ -343,31 +344,51 @@ void Operation::Publish(int to, size_t first_bytes, size_t second_bytes, size_t 
       outgoing_.push_back({to, false, NixlAgent::Transfer(*endpoint_.nixl_, peer.agent, part)});
     }
     if (pieces.empty()) outgoing_.push_back({to, false, NixlAgent::Transfer()});
-    Progress();
   } catch (const NixlError& error) {
-    CheckNotice(to);  // a rank that said goodbye cannot be written to any more
-    throw EpError(Describe() + ": cannot write to rank " + std::to_string(to) + ": " + error.what());
+    GiveUp(to, error);
   }
+  Progress();
 }
 
 void Operation::Progress() {
   for (size_t i = 0; i < outgoing_.size();) {
     Outgoing& out = outgoing_[i];
-    if (!out.transfer.Done()) {
-      ++i;
-      continue;
-    }
     const int to = out.to;
-    const bool was_signal = out.is_signal;
-    std::swap(out, outgoing_.back());
-    outgoing_.pop_back();
-    bool last_piece = std::none_of(outgoing_.begin(), outgoing_.end(), [&](auto& other) { return other.to == to; });
-    if (was_signal || !last_piece) continue;
-    const size_t offset = endpoint_.layout_.signal(bank_, rank());
-    const Endpoint::Peer& peer = *endpoint_.peers_[to];
-    NixlAgent::Piece piece{endpoint_.base() + offset, peer.remote_base + offset, sizeof(Signal)};
-    outgoing_.push_back({to, true, NixlAgent::Transfer(*endpoint_.nixl_, peer.agent, {&piece, 1})});
+    try {
+      if (!out.transfer.Done()) {
+        ++i;
+        continue;
+      }
+      const bool was_signal = out.is_signal;
+      std::swap(out, outgoing_.back());
+      outgoing_.pop_back();
+      bool last_piece = std::none_of(outgoing_.begin(), outgoing_.end(), [&](auto& other) { return other.to == to; });
+      if (was_signal || !last_piece) continue;
+      const size_t offset = endpoint_.layout_.signal(bank_, rank());
+      const Endpoint::Peer& peer = *endpoint_.peers_[to];
+      NixlAgent::Piece piece{endpoint_.base() + offset, peer.remote_base + offset, sizeof(Signal)};
+      outgoing_.push_back({to, true, NixlAgent::Transfer(*endpoint_.nixl_, peer.agent, {&piece, 1})});
+    } catch (const NixlError& error) {
+      GiveUp(to, error);
+      i = 0;
+    }
   }
+}
+
+void Operation::GiveUp(int peer, const std::string& why) {
+  std::erase_if(outgoing_, [&](const Outgoing& out) { return out.to == peer; });
+  ++endpoint_.peers_[peer]->timeouts;
+  if (!endpoint_.options_.mask_late_peers) {
+    throw EpError(Describe() + ": rank " + std::to_string(peer) + " " + why +
+                  "; check that rank's output, or raise timeout_s if it is only slow");
+  }
+  endpoint_.peers_[peer]->masked = true;
+  states_[peer] = PeerState::kTimedOut;
+}
+
+void Operation::GiveUp(int peer, const NixlError& error) {
+  CheckNotice(peer);  // a rank that said goodbye cannot be written to any more
+  GiveUp(peer, std::string("cannot be reached: ") + error.what());
 }
 
 bool Operation::Arrived(int from) {
@@ -406,71 +427,50 @@ void Operation::CheckNotice(int from) const {
 }
 
 PeerState Operation::Wait(int from) {
-  if (!live_[from]) return PeerState::kAbsent;
-  if (from == rank()) return PeerState::kOk;
+  if (from == rank() || !live(from)) return state(from);
   Endpoint::Peer& peer = *endpoint_.peers_[from];
   const auto start = Clock::now();
-  bool arrived = false;
   std::string why;
-  try {
-    for (;;) {
-      const uint32_t rung = Atomic(endpoint_.control(endpoint_.base()).doorbell).load();
-      if ((arrived = Arrived(from))) break;
-      if (endpoint_.interrupted_) throw EpError(Describe() + ": interrupted: the members of the group change");
-      if (endpoint_.closing_) throw EpError(Describe() + ": shut down while waiting for rank " + std::to_string(from));
-      Progress();
-      const auto now = Clock::now();
-      if (now >= deadline_) {
-        why = "did not arrive within " + std::to_string(endpoint_.options_.timeout_s) + " s";
-        break;
-      }
-      if (now - start < kSpin) {
-        Pause();
-        continue;
-      }
-      if (peer.memory && now - start > kNapShared && !peer.memory->OwnerAlive() && !Arrived(from)) {
-        why = "is dead";
-        break;
-      }
-      const bool pushing = !peer.memory || !outgoing_.empty();
-      const auto left = std::chrono::ceil<microseconds>(deadline_ - now);
-      endpoint_.SleepUntilRung(rung, std::min(left, pushing ? kNapNixl : kNapShared));
+  for (;;) {
+    const uint32_t rung = Atomic(endpoint_.control(endpoint_.base()).doorbell).load();
+    if (Arrived(from)) break;
+    if (endpoint_.interrupted_) throw EpError(Describe() + ": interrupted: the members of the group change");
+    if (endpoint_.closing_) throw EpError(Describe() + ": shut down while waiting for rank " + std::to_string(from));
+    Progress();
+    if (!live(from)) break;  // it could not be written to
+    const auto now = Clock::now();
+    if (now >= deadline_) {
+      why = "did not arrive within " + std::to_string(endpoint_.options_.timeout_s) + " s";
+      break;
     }
-  } catch (const NixlError& error) {
-    CheckNotice(from);
-    why = std::string("cannot be reached: ") + error.what();
+    if (now - start < kSpin) {
+      Pause();
+      continue;
+    }
+    if (peer.memory && now - start > kNapShared && !peer.memory->OwnerAlive() && !Arrived(from)) {
+      why = "is dead";
+      break;
+    }
+    const bool pushing = !peer.memory || !outgoing_.empty();
+    const auto left = std::chrono::ceil<microseconds>(deadline_ - now);
+    endpoint_.SleepUntilRung(rung, std::min(left, pushing ? kNapNixl : kNapShared));
   }
   peer.wait_us += uint64_t(std::chrono::duration_cast<microseconds>(Clock::now() - start).count());
-  if (arrived) return PeerState::kOk;
-  ++peer.timeouts;
-  if (!endpoint_.options_.mask_late_peers) {
-    throw EpError(Describe() + ": rank " + std::to_string(from) + " " + why +
-                  "; check that rank's output, or raise timeout_s if it is only slow");
-  }
-  peer.masked = true;
-  live_[from] = false;
-  std::erase_if(outgoing_, [&](auto& out) { return out.to == from; });
-  return PeerState::kTimedOut;
+  if (!why.empty()) GiveUp(from, why);
+  return state(from);
 }
 
 void Operation::Finish() {
-  try {
-    while (!outgoing_.empty()) {
-      Progress();
-      if (outgoing_.empty()) break;
-      if (Clock::now() >= deadline_) {
-        throw EpError(Describe() + ": rank " + std::to_string(outgoing_.front().to) + " did not take its data within " +
-                      std::to_string(endpoint_.options_.timeout_s) + " s");
-      }
+  for (Progress(); !outgoing_.empty(); Progress()) {
+    if (Clock::now() >= deadline_) {
+      GiveUp(outgoing_.front().to,
+             "did not take its data within " + std::to_string(endpoint_.options_.timeout_s) + " s");
+    } else {
       usleep(kNapNixl.count());
     }
-  } catch (const NixlError& error) {
-    const int to = outgoing_.front().to;
-    CheckNotice(to);
-    throw EpError(Describe() + ": a write failed, perhaps to rank " + std::to_string(to) + ": " + error.what());
   }
   for (int r = 0; r < max_ranks(); ++r) {
-    if (!live_[r] || r == rank() || !endpoint_.peers_[r]->memory) continue;
+    if (!live(r) || r == rank() || !endpoint_.peers_[r]->memory) continue;
     // A read-modify-write, so that no read of the peer's data can sink below it.
     if (Atomic(endpoint_.control(region(r)).begun[bank_]).fetch_add(0) != stamp_) {
       throw EpError(Describe() + ": rank " + std::to_string(r) + " went on while its data was read");

@@ -154,7 +154,8 @@ class Operation {
 
   int rank() const { return endpoint_.rank(); }
   int max_ranks() const { return endpoint_.capacity().max_ranks; }
-  bool live(int peer) const { return live_[peer]; }  // as of the start of the operation, or until it timed out
+  bool live(int peer) const { return states_[peer] == PeerState::kOk; }  // at the start, or until it is given up
+  PeerState state(int peer) const { return states_[peer]; }
 
   Message outgoing(int to) const;
   // Makes outgoing(to) (or the broadcast message) visible to `to`. Where bytes must be moved, these are the first
@@ -179,6 +180,10 @@ class Operation {
   std::string Describe() const;  // "combine #4 (operation 17 of epoch 1)"
   bool Arrived(int from);        // throws on a signal or notice that ends the operation
   void CheckNotice(int from) const;
+  // Goes on without a peer, or ends the operation: as the group was told to.
+  void GiveUp(int peer, const std::string& why);
+  // The same for one that NIXL fails to reach.
+  void GiveUp(int peer, const NixlError& error);
   void Progress();
   std::byte* region(int rank) const;
 
@@ -189,7 +194,7 @@ class Operation {
   uint64_t stamp_ = 0;
   int bank_ = 0;
   std::chrono::steady_clock::time_point deadline_;
-  std::vector<char> live_;
+  std::vector<PeerState> states_;
   std::vector<int> num_tokens_;
   std::vector<Outgoing> outgoing_;
   bool finished_ = false;

@@ -166,7 +166,9 @@ std::string NixlAgent::Connect(const std::string& metadata) {
   Check(api_->load_remote_md(agent_, metadata.data(), metadata.size(), &name), "loading a peer's metadata");
   std::string peer(name);
   std::free(name);
-  Check(api_->agent_make_connection(agent_, peer.c_str(), options_), "connecting to a peer");
+  const int status = api_->agent_make_connection(agent_, peer.c_str(), options_);
+  if (status != kSuccess) Disconnect(peer);  // NIXL refuses to know one agent twice
+  Check(status, "connecting to a peer");
   return peer;
 }
 
@@ -222,7 +224,9 @@ NixlAgent::Transfer::Transfer(NixlAgent& agent, const std::string& peer, std::sp
   if (remote) api.destroy_xfer_dlist(remote);
   Check(status, "preparing a transfer");
   status = api.post_xfer_req(agent.agent_, request_, nullptr);
-  Check(status == kInProgress ? kSuccess : status, "posting a transfer");
+  if (status == kInProgress || status == kSuccess) return;
+  Release();  // an object that throws while it is made is not destroyed
+  Check(status, "posting a transfer");
 }
 
 bool NixlAgent::Transfer::Done() {
@@ -233,7 +237,7 @@ bool NixlAgent::Transfer::Done() {
   return true;
 }
 
-NixlAgent::Transfer::~Transfer() {
+void NixlAgent::Transfer::Release() {
   if (!request_) return;
   agent_->api_->release_xfer_req(agent_->agent_, request_);
   agent_->api_->destroy_xfer_req(request_);

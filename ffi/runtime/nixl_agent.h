@@ -40,11 +40,13 @@ class NixlAgent {
       std::swap(request_, other.request_);
       return *this;
     }
-    ~Transfer();
+    ~Transfer() { Release(); }
     // True once the bytes are where they belong. Throws NixlError if the transfer failed.
     bool Done();
 
    private:
+    void Release();
+
     NixlAgent* agent_ = nullptr;
     void* request_ = nullptr;
   };

@@ -12,7 +12,7 @@ from jax_nixlep import _ffi
 from jax_nixlep.config import EpConfig
 from jax_nixlep.elastic.links import Links
 from jax_nixlep.elastic.log import Log
-from jax_nixlep.elastic.protocol import Running, State, running
+from jax_nixlep.elastic.protocol import Running, State, running, waits_for
 from jax_nixlep.elastic.state import Shared, Switch
 from jax_nixlep.placement import table_placement
 from jax_nixlep.store import StoreError
@@ -78,8 +78,8 @@ class Boundary:
             except StoreError:
                 # A rank that only holds goes on: nothing can have begun without its arrival. One that may have arrived,
                 # or has lost a member, needs the store.
-                waited = time.monotonic() - began
-                if todo == "wait" and not self._shared.problem and not self._arrived(self._log.state):
+                waited, state = time.monotonic() - began, self._log.state
+                if todo == "wait" and not (self._shared.problem or self._arrived(state) or self.healing(state)):
                     if waited > self._timeout_s:
                         with self._shared.cond:
                             self._shared.promise = None
@@ -94,7 +94,7 @@ class Boundary:
     def healing(self, state: State) -> bool:
         """Experts that were lost are about to come back: results would be wrong until then."""
         room = len(state.members) * state.per_rank >= self._num_experts
-        wanted = self._restores and not state.last and state.epoch > 1 and not state.forgone
+        wanted = self._restores and not state.last and not state.forgone
         return (
             wanted and room and self._shared.held.experts is not None and bool(lost_experts(state, self._num_experts))
         )
@@ -130,8 +130,10 @@ class Boundary:
                 if shared.applied:
                     self._leave()
                     return "out", state
-                ready = shared.staged and running(state, shared.staged.change, "prepare")
-                return "ready" if ready and me not in ready.ready else "wait", state
+                change = running(state, shared.staged.change, "prepare", "switch") if shared.staged else None
+                if change and me not in (change.ready if change.phase == "prepare" else change.arrived):
+                    return "ready" if change.phase == "prepare" else "arrive", state
+                return "wait", state
             if state.epoch != shared.applied:
                 return "apply", state
             if shared.problem and state.recovery is None:
@@ -164,11 +166,14 @@ class Boundary:
         if todo == "ready":
             change = running(state, staged.change, "prepare") if staged else None
             return {"kind": "ready", "change": change.id, "rank": me} if change and me not in change.ready else None
+        arrival = {"kind": "arrive", "epoch": state.epoch, "rank": me}
+        if todo == "arrive" and not self._shared.applied and staged and running(state, staged.change, "switch"):
+            return arrival | {"change": staged.change}  # a newcomer
         if me not in state.members or state.epoch != self._shared.applied:
             return None
         if todo == "suspect":
             return {"kind": "suspect", "epoch": state.epoch, "rank": me, "ranks": self._suspects()}
-        return {"kind": "arrive", "epoch": state.epoch, "rank": me, "change": state.change.id if state.change else ""}
+        return arrival | {"change": state.change.id if state.change else ""}
 
     def _suspects(self) -> list[int]:
         others = [r for r in self._shared.members if r != self._rank]
@@ -191,23 +196,28 @@ class Boundary:
         if recovery is not None:
             self._endpoint.interrupt()
             waited = now - (self._shared.recovery_began or now)
+            patience_s = self._timeout_s if state.epoch else self._join_timeout_s
             out = []
             for r in sorted(set(state.members) - recovery.arrived):
                 doubtful = r in recovery.suspects and not self._links.shows_death(r)
-                if not self._links.alive(r) or waited > (_GRACE_S if doubtful else self._timeout_s):
+                if not self._links.alive(r) or waited > (_GRACE_S if doubtful else patience_s):
                     out.append(r)
             if out:
                 event = {"kind": "evict", "epoch": state.epoch, "rank": me, "ranks": out}
                 self._log.append(lambda s: event if s.epoch == state.epoch and s.recovery else None)
         elif change:
-            late: list[int] = []
             patience_s = self._timeout_s if state.epoch else change.deadline_s
-            if change.phase == "switch" and now - self._switching[1] > patience_s:
-                late = [r for r in state.members if r not in change.arrived]
+            impatient = change.phase == "switch" and now - self._switching[1] > patience_s
+            missing = [r for r in waits_for(state) if impatient or not self._links.alive(r)]
+            late = [r for r in missing if r in state.members]
             if late or not all(self._links.alive(r) for r in state.members):
                 ranks = late or self._suspects()
                 event = {"kind": "suspect", "epoch": state.epoch, "rank": me, "ranks": ranks}
-                self._log.append(lambda s: event if running(s, change.id, "prepare", "commit", "switch") else None)
+            elif missing:  # newcomers: the members lose nothing but the change
+                event = {"kind": "abort", "change": change.id, "reason": f"ranks {missing} are gone, or did not arrive"}
+            else:
+                return
+            self._log.append(lambda s: event if running(s, change.id, "prepare", "commit", "switch") else None)
 
     def _apply(self, state: State, began: float) -> None:
         """Starts an epoch on this rank. No operation runs."""
@@ -224,7 +234,7 @@ class Boundary:
             else:
                 placement = table_placement(state.table, self._num_experts, self._config.max_ranks)
                 shared.held = dataclasses.replace(shared.held, placement=placement)
-            if not state.last and state.epoch > 1:
+            if not state.last:
                 lost = f"lost ranks {list(state.evicted)}" if state.evicted else "all members are back"
                 _log.warning("elastic: epoch %d on rank %d: %s (%s)", state.epoch, self._rank, lost, shared.problem)
             shared.staged, shared.promise, shared.problem = None, None, ""
@@ -256,8 +266,9 @@ def check_joining(log: Log, rank: int, since: float, timeout_s: float) -> None:
     Raises:
       TimeoutError: this rank has waited from `since` (time.monotonic()) on to be taken in, for too long.
     """
-    if time.monotonic() - since <= timeout_s:
-        return
+    change = log.state.change
+    if time.monotonic() - since <= timeout_s or (change and rank in change.members):
+        return  # a change has its own deadline
     if rank in log.state.members:
         why = "; the group still counts on another process of this rank"
     else:

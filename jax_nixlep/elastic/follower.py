@@ -56,6 +56,7 @@ class Follower:
         self.on_prepare: list[Callable[[Change], None]] = []
         self._seen: tuple[str, float] = ("", 0.0)  # the running change, and when it was first seen
         self._looked = 0.0
+        self._missed: dict[int, float] = {}  # members without a lease, and since when, while lost experts come back
         self._lease_due = 0.0
         self._prepared = ""
         self._preparing: Preparation | None = None
@@ -110,7 +111,8 @@ class Follower:
         with shared.cond:
             if state.recovery and me in state.members and shared.applied == state.epoch:
                 shared.recovery_began = shared.recovery_began or time.monotonic()
-                self._endpoint.interrupt()
+                if shared.applied:  # before the first epoch programs run by themselves
+                    self._endpoint.interrupt()
             if (change.id if change else "") != self._seen[0]:
                 self._seen = (change.id, time.monotonic()) if change else ("", 0.0)
                 staged = shared.staged
@@ -122,9 +124,12 @@ class Follower:
         idle = self._worker is None or not self._worker.is_alive()
         if change is None and idle:
             with shared.cond:  # forgets ranks that were connected for a change that did not happen
-                if shared.applied == (state.epoch if me in state.members else 0):
+                serves = shared.applied and shared.applied == state.epoch
+                if serves or (me not in state.members and not shared.applied):
                     self._links.keep(shared.members)
-        if self._boundary.stranger(state):
+        with shared.cond:
+            late = me not in state.members and shared.applied  # the thread that steps has yet to find itself out
+        if late or self._boundary.stranger(state):
             return
         if change and me in {*state.members, *change.members}:
             if reason := self._hopeless(change, state):
@@ -138,8 +143,13 @@ class Follower:
                 self._worker.start()
             elif change.phase == "commit" and me in state.members and me not in dict(change.holds):
                 self._hold(state, change)
-        if change is None and not state.recovery and me == min(state.members) and shared.applied == state.epoch:
-            self._lead(state)
+        if not state.recovery and me in state.members and shared.applied == state.epoch:
+            if change is None and self._boundary.healing(state):
+                self._miss(state)
+            else:
+                self._missed = {}
+            if change is None and me == min(state.members):
+                self._lead(state)
 
     def _hopeless(self, change: Running, state: State) -> str:
         """Why the change will not happen, if that is known."""
@@ -154,9 +164,25 @@ class Follower:
         if not gone and now - self._looked > LEASE_S / 3:
             self._looked = now
             prefix = f"{CHANGES}{change.id}/hello/"  # who has not said so yet may still be starting
-            began = {int(key[len(prefix) :]) for key in self._store.scan(prefix)}
-            gone = sorted((needed & {*began, *state.members}) - set(leases(self._store)))
+            nonces = {r: lease["nonce"] for r, lease in leases(self._store).items()}
+            began = {int(key[len(prefix) :]): json.loads(value) for key, value in self._store.scan(prefix).items()}
+            here = {r for r in nonces if r not in began or began[r]["address"]["nonce"] == nonces[r]}
+            gone = sorted((needed & {*began, *state.members}) - here)
         return f"ranks {gone} are gone" if gone else ""
+
+    def _miss(self, state: State) -> None:
+        """Suspects members that are gone while all wait for lost experts: no operation misses them."""
+        now = time.monotonic()
+        if now - self._looked < LEASE_S / 3:
+            return
+        self._looked = now
+        here = leases(self._store)
+        self._missed = {r: self._missed.get(r, now) for r in state.members if r not in here}
+        # A store that was started again has no leases at first: each is put again in time.
+        gone = [r for r, since in self._missed.items() if now - since > LEASE_S or not self._links.alive(r)]
+        if gone and self._rank in here:
+            event = {"kind": "suspect", "epoch": state.epoch, "rank": self._rank, "ranks": gone}
+            self._log.append(lambda s: event if s.epoch == state.epoch and not s.recovery else None)
 
     def _prepare(self, preparation: Preparation, state: State, change: Running) -> None:
         me, shared = self._rank, self._shared

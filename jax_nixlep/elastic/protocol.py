@@ -9,8 +9,9 @@ Resize.   begin    one change at a time; the second is ignored, and its caller s
           ready    by each old and new member: connected, weights received, warmed up. Serving goes on.
           commit   by the caller once all are ready.
           hold     by each old member: "I stop at boundary k until I know more". The greatest k is the step.
-          arrive   by each old member that stands at the step, with no operation running. When all have arrived, and
-                   at that very entry, the next epoch begins: members, table and weights switch together.
+          arrive   by each old member that stands at the step, with no operation running, and by each new one, which
+                   waits. When all have arrived, and at that very entry, the next epoch begins: members, table and
+                   weights switch together.
           abort    at any time before that (a deadline, a failed or dead joiner, the caller); the old epoch goes on.
 Loss.     suspect  by a rank whose operation failed or masked a peer. Aborts a change; all members stop and arrive.
           evict    names members that did not arrive in time or are known dead.
@@ -177,17 +178,18 @@ def _abort(state: State, event: Event) -> State:
 
 def _arrive(state: State, event: Event) -> State:
     rank = event["rank"]
-    if event["epoch"] != state.epoch or rank not in state.members:
+    if event["epoch"] != state.epoch:
         return state
     if state.recovery:
-        if rank in state.recovery.evicted:
+        if rank not in state.members or rank in state.recovery.evicted:
             return state
         return _recovered(state, dataclasses.replace(state.recovery, arrived=state.recovery.arrived | {rank}))
     # Named: an arrival for a change that was aborted says nothing about the next one.
-    if not (change := running(state, event["change"], "switch")):
+    change = running(state, event["change"], "switch")
+    if not change or rank not in {*state.members, *change.members}:
         return state
     change = dataclasses.replace(change, arrived=change.arrived | {rank})
-    if change.arrived >= set(state.members):
+    if change.arrived >= {*state.members, *change.members}:
         return State(
             state.epoch + 1, change.members, change.table, state.per_rank, last=change.id, aborted=state.aborted
         )
@@ -254,5 +256,6 @@ def waits_for(state: State) -> list[int]:
     assert change is not None
     if change.phase == "prepare":
         return sorted(unready(state))
-    done = {rank for rank, _ in change.holds} if change.phase == "commit" else change.arrived
-    return sorted(set(state.members) - done)
+    if change.phase == "commit":
+        return sorted(set(state.members) - {rank for rank, _ in change.holds})
+    return sorted({*state.members, *change.members} - change.arrived)

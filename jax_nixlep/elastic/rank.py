@@ -30,7 +30,6 @@ from jax_nixlep.placement import Placement, identity_table, plan_table, table_pl
 from jax_nixlep.store import StoreError, connect
 
 _STORE_TIMEOUT_S = 5.0  # short: a store that is away must not keep a rank from serving
-_HEAL_DEADLINE_S = 60.0
 
 
 class Elastic:
@@ -48,6 +47,7 @@ class Elastic:
         timeout_s: float,
         join_timeout_s: float,
         restore: Restore | None,
+        restore_timeout_s: float,
         bytes_per_s: float | None,
     ):
         """Connects to the store.
@@ -83,7 +83,7 @@ class Elastic:
             self._boundary,
             rank,
             preparation=self._preparation,
-            rebalance=lambda: self.prepare(None, deadline_s=_HEAL_DEADLINE_S),
+            rebalance=lambda: self.prepare(None, deadline_s=restore_timeout_s),
             commit=self.commit,
         )
         self._serving = 0  # the thread that steps
@@ -255,6 +255,7 @@ class Elastic:
         deadline_s: float,
         **plan: Any,
     ) -> Change:
+        asked = None if table is None else tuple(int(e) for e in table)
         state = self._log.append(lambda _: None)  # the newest
         wanted = tuple(sorted({int(r) for r in (state.members if members is None else members)}))
         bad = [r for r in wanted if not 0 <= r < self._config.max_ranks]
@@ -281,7 +282,8 @@ class Elastic:
 
         state = self._log.append(begin)
         change = state.change
-        if change is None or (change.id != name and change.members != wanted):
+        same = change is not None and change.members == wanted and asked in (None, change.table)
+        if change is None or (change.id != name and not same):
             running = f"to ranks {list(change.members)} by rank {change.by}" if change else "after the loss of a member"
             raise ElasticError(
                 f"prepare: one change may run at a time; got a second while one {running} runs; wait for it"
