@@ -1,26 +1,16 @@
 // Python's face of the CPU module: endpoints, handlers, and every constant that Python needs.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <tuple>
 
+#include "binding.h"
 #include "host/handlers.h"
 #include "host/ops.h"
-#include "host/registry.h"
 
-namespace py = pybind11;
 using namespace jax_nixlep;
 
 namespace {
-
-using Unlocked = py::call_guard<py::gil_scoped_release>;
-
-template <typename Function>
-py::capsule Handler(Function* function) {
-  return py::capsule(reinterpret_cast<void*>(function));
-}
 
 py::dict Address(const Endpoint& endpoint) {
   py::dict address;
@@ -29,19 +19,6 @@ py::dict Address(const Endpoint& endpoint) {
   address["nonce"] = endpoint.nonce();
   address["base"] = reinterpret_cast<uintptr_t>(endpoint.memory()->data());
   return address;
-}
-
-py::dict Health(const Endpoint& endpoint, int rank) {
-  PeerHealth health = endpoint.Health(rank);
-  py::dict row;
-  row["member"] = health.member;
-  row["masked"] = health.masked;
-  row["path"] = health.path;
-  row["bytes_out"] = health.bytes_out;
-  row["bytes_in"] = health.bytes_in;
-  row["wait_s"] = double(health.wait_us) * 1e-6;
-  row["timeouts"] = health.timeouts;
-  return row;
 }
 
 std::shared_ptr<Endpoint> MakeEndpoint(int rank, int max_ranks, int experts_per_rank, int max_tokens, int top_k,
@@ -134,53 +111,20 @@ PYBIND11_MODULE(_host, m) {
 
   py::register_exception<EpError>(m, "EpError", PyExc_RuntimeError);
   py::register_exception<NixlError>(m, "NixlError", PyExc_RuntimeError);
-  py::class_<Endpoint, std::shared_ptr<Endpoint>>(m, "Endpoint", "A rank's end of a group; see ffi/runtime/endpoint.h.")
+  py::class_<Endpoint, std::shared_ptr<Endpoint>> endpoint(m, "Endpoint",
+                                                           "A rank's end of a group; see ffi/runtime/endpoint.h.");
+  endpoint
       .def(py::init(&MakeEndpoint), py::kw_only(), py::arg("rank"), py::arg("max_ranks"), py::arg("experts_per_rank"),
            py::arg("max_tokens"), py::arg("top_k"), py::arg("row_bytes"), py::arg("timeout_s"),
            py::arg("mask_late_peers"))
       .def("address", &Address, "What peers of this machine need to map the region.")
       .def("map_peer", &Endpoint::MapPeer, py::arg("peer"), py::arg("pid"), py::arg("fd"), py::arg("nonce"), Unlocked())
-      .def(
-          "open_nixl",
-          [](Endpoint& endpoint, const std::string& library, const std::string& name) {
-            std::string metadata;
-            {
-              py::gil_scoped_release unlocked;
-              metadata = endpoint.OpenNixl(library, name);
-            }
-            return py::bytes(metadata);
-          },
-          py::arg("library"), py::arg("name"))
-      .def(
-          "connect_nixl",
-          [](Endpoint& endpoint, int peer, const py::bytes& metadata, uint64_t remote_base, uint64_t nonce) {
-            std::string blob = metadata;
-            py::gil_scoped_release unlocked;
-            endpoint.ConnectNixl(peer, blob, remote_base, nonce);
-          },
-          py::arg("peer"), py::arg("metadata"), py::arg("remote_base"), py::arg("nonce"))
-      .def("drop_peer", &Endpoint::DropPeer, py::arg("peer"), Unlocked())
-      .def(
-          "activate",
-          [](Endpoint& endpoint, int epoch, const std::vector<int>& members) {
-            py::gil_scoped_release unlocked;
-            endpoint.Activate(uint16_t(epoch), members);
-          },
-          py::arg("epoch"), py::arg("members"))
       .def("interrupt", &Endpoint::Interrupt, "Ends the running operation; refuses others until `activate`.")
       .def("drain", &Endpoint::Drain, Unlocked(), "Returns when no operation runs.")
-      .def("failure", &Endpoint::Failure, "Why no operation can run until `activate`; '' if they can.")
       .def("peer_alive", &Endpoint::PeerAlive, py::arg("peer"), "False once a peer in shared memory is known dead.")
-      .def("close", &Endpoint::Close, Unlocked())
-      .def("health", &Health, py::arg("rank"))
-      .def_property_readonly("num_bytes", [](const Endpoint& endpoint) { return endpoint.memory()->size(); })
-      .def_property_readonly("epoch", &Endpoint::epoch)
-      .def_property_readonly("num_operations", &Endpoint::num_operations)
+      .def_property_readonly("num_bytes", [](const Endpoint& e) { return e.memory()->size(); })
       .def_property_readonly("dropped_rows", [](const Endpoint& e) { return e.dropped_rows.load(); })
       .def_property_readonly("invalid_ids", [](const Endpoint& e) { return e.invalid_ids.load(); });
-  m.def(
-      "set_endpoint",
-      [](int device, std::shared_ptr<Endpoint> endpoint) { Registry::Get().Set(device, std::move(endpoint)); },
-      py::arg("device"), py::arg("endpoint").none(true),
-      "Operations of local device `device` use `endpoint` (or none).");
+  BindEndpoint(endpoint);
+  BindSetEndpoint<Endpoint>(m);
 }

@@ -135,7 +135,7 @@ std::string CudaEndpoint::OpenNixl(const std::string& library, const std::string
   return std::string(reinterpret_cast<const char*>(&place), sizeof(place)) + nixl_->Metadata();
 }
 
-void CudaEndpoint::ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base) {
+void CudaEndpoint::ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base, uint64_t /*nonce*/) {
   std::lock_guard lock(mutex_);
   OnDevice current(device_);
   Place place;

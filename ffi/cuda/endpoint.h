@@ -32,7 +32,8 @@ class CudaEndpoint {
 
   // --- Connecting, as runtime/endpoint.h; none of these may run while an operation does. ---
   std::string OpenNixl(const std::string& library, const std::string& name);
-  void ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base);
+  // The nonce that keeps late writes of an earlier group apart on CPUs is not needed: views end with their agent.
+  void ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base, uint64_t nonce);
   void DropPeer(int peer);
   void Activate(uint16_t epoch, std::span<const int> members);
   void Close();

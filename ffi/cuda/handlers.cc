@@ -12,7 +12,7 @@
 
 #include "attributes.h"
 #include "cuda/endpoint.h"
-#include "host/registry.h"
+#include "registry.h"
 
 namespace jax_nixlep::cuda {
 namespace {

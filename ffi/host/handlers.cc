@@ -5,7 +5,7 @@
 
 #include "attributes.h"
 #include "host/ops.h"
-#include "host/registry.h"
+#include "registry.h"
 
 namespace jax_nixlep {
 namespace {
@@ -20,7 +20,7 @@ using Any = ffi::AnyBuffer;
 template <typename Function>
 ffi::Error Run(int32_t device, const char* op, const RowFormat& format, const Sizes& sizes, Function function) {
   try {
-    std::shared_ptr<Endpoint> endpoint = Registry::Get().Find(device);
+    std::shared_ptr<Endpoint> endpoint = RegistryOf<Endpoint>::Get().Find(device);
     if (!endpoint) {
       return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
                         std::string(op) + ": device " + std::to_string(device) +

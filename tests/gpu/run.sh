@@ -3,7 +3,9 @@
 #   WHEELS=DIR OUT=DIR bash tests/gpu/run.sh [tests] [sanitizer] [chain] [phases]
 # WHEELS holds nixl.tar.xz and ucx.tar.xz (tests/gpu/setup.sh); OUT gets the raw output. The modules must be built
 # (pip install -e . with nvcc and UCX's headers present), or are found in jax_nixlep/.
-# JAX_NIXLEP_TEST_GPUS: rank r uses GPU r % that number.
+# JAX_NIXLEP_TEST_GPUS: rank r uses GPU r % that number. UPSTREAM: a program that prints upstream's phase times for the same
+# arguments as phases.py (none: ours alone). CASES: lines of those arguments. DROPLESS=1: also the worst case of rows.
+# PYTEST_ARGS: for the tests.
 . tests/gpu/setup.sh
 export JAX_NIXLEP_TEST_GPUS=${JAX_NIXLEP_TEST_GPUS:-1}
 OUT=${OUT:-out}

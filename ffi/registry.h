@@ -6,8 +6,6 @@
 #include <memory>
 #include <mutex>
 
-#include "runtime/endpoint.h"
-
 namespace jax_nixlep {
 
 template <typename Endpoint>
@@ -35,6 +33,5 @@ class RegistryOf {
   std::mutex mutex_;
   std::map<int32_t, std::shared_ptr<Endpoint>> endpoints_;
 };
-using Registry = RegistryOf<Endpoint>;
 
 }  // namespace jax_nixlep
