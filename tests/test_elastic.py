@@ -311,7 +311,7 @@ def test_serving_outlives_the_store(pools, tmp_path):
     (said, answer), _ = pools(2).run(rank_without_store, url, tmp_path, timeout_s=60)
     thread.join()
     servers[-1].close()
-    assert said[0].startswith("StoreError: "), said
+    assert "is unreachable" in said[0], said
     assert [m for _, m, *_ in answer["history"]] == [(0, 1), (0,)]
     assert np.diff(answer["times"]).max() < 1.5
 
