@@ -48,8 +48,7 @@ void BindEndpoint(py::class_<E, std::shared_ptr<E>>& endpoint) {
           py::arg("peer"), py::arg("metadata"), py::arg("remote_base"), py::arg("nonce"))
       .def("drop_peer", &E::DropPeer, py::arg("peer"), Unlocked())
       .def(
-          "activate",
-          [](E& e, int epoch, const std::vector<int>& members) { e.Activate(uint16_t(epoch), members); },
+          "activate", [](E& e, int epoch, const std::vector<int>& members) { e.Activate(uint16_t(epoch), members); },
           py::arg("epoch"), py::arg("members"), Unlocked())
       .def("failure", &E::Failure, "Why no operation can run until `activate`; '' if they can.")
       .def("close", &E::Close, Unlocked())
