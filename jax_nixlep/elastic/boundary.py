@@ -53,6 +53,7 @@ class Boundary:
         self._operations = 0
         self._idle = False  # no operation ran since the boundary before
         self._switching: tuple[str, float] = ("", 0.0)  # the change that switches, and when this rank first saw it
+        self._holding: tuple[str, float] = ("", 0.0)  # the change for whose step it waits, and since when
         self._timeouts: dict[int, int] = {}
         self.history: list[Switch] = []
         self.on_commit: list[Callable[[Switch], None]] = []
@@ -207,7 +208,10 @@ class Boundary:
                 self._log.append(lambda s: event if s.epoch == state.epoch and s.recovery else None)
         elif change:
             patience_s = self._timeout_s if state.epoch else change.deadline_s
-            impatient = change.phase == "switch" and now - self._switching[1] > patience_s
+            if change.phase == "commit" and change.id != self._holding[0]:
+                self._holding = (change.id, now)
+            seen = {"commit": self._holding[1], "switch": self._switching[1]}.get(change.phase, now)
+            impatient = now - seen > patience_s
             missing = [r for r in waits_for(state) if impatient or not self._links.alive(r)]
             late = [r for r in missing if r in state.members]
             if late or not all(self._links.alive(r) for r in state.members):
