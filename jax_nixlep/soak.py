@@ -30,9 +30,9 @@ KILLS_AT = ("call", "prepare", "sending", "commit")
 DELAY_S = {"call": 2e-3, "prepare": 0.05, "sending": 0.05, "commit": 0.01}  # at most, after that moment
 MEASURE_EVERY = 20  # rounds
 STEPS = 5  # that every member does right after each change
-# More is a leak, from the middle to the last third of the measurements: connections to the store and sockets of UCX come
-# and go. Not from the first third: the heap of a process in which NIXL and UCX run grows for the first 200 changes or so
-# (docs/results/soak.json), whatever they are.
+# More is a leak, from the middle to the last third of the measurements: connections to the store and sockets of UCX
+# come and go. Not from the first third: the heap of a process in which NIXL and UCX run grows for the first 200 changes
+# or so (docs/results/soak.json).
 GROWTH = {"rss_bytes": 8 << 20, "descriptors": 4, "threads": 2, "regions": 0}
 
 
