@@ -210,6 +210,8 @@ def rank_refusals(job):
         refused("range", lambda: group.prepare([0, 9]))
         change = group.prepare([0, 1, 3], deadline_s=2)  # nobody is rank 3
         refused("second", lambda: group.prepare([0]))
+        refused("table", lambda: group.prepare([0, 1, 3], table=np.full(CONFIG.num_slots, -1)))
+        assert group.prepare([0, 1, 3]).id == change.id, "an equal call joins"
         refused("absent", lambda: group.commit(change))
         change = group.prepare([0, 1, 3], deadline_s=20)
         group.abort(change, "no longer wanted")
@@ -229,6 +231,7 @@ def test_changes_that_cannot_happen_are_refused_and_serving_goes_on(pools):
     assert "members must be ranks in [0, 4), at least one; got (0, 9)" in said["range"]
     assert "one change may run at a time; got a second while one to ranks [0, 1, 3] by rank 0 runs" in said["second"]
     assert "ElasticError" in said["absent"] and "ranks [0, 1, 3] did not" in said["absent"]
+    assert "one change may run at a time" in said["table"]
     assert said["aborted"].endswith("no longer wanted")
     assert [members for _, members, *_ in answer["history"]] == [(0, 1), (0,)] and other["steps"] > 10
     assert answer["gap"] < 1.5
