@@ -405,12 +405,10 @@ def initialize(
                 raise ValueError("initialize: mesh= must come without rank= and members=; got both; drop one side")
             places, size = _mesh_places(mesh, axis)
             ranks: Sequence[int] = range(size)
-            _check_ranks(config, ranks, [place[2] for place in places])
-            url, secret, server = _mesh_store(store, secret, number, init_timeout_s)
+            url = None
         else:
             places, ranks, url, secret = _member_places(rank, members, store, secret, elastic, join)
-            _check_ranks(config, ranks, [place[2] for place in places])
-            server = None
+        _check_ranks(config, ranks, [place[2] for place in places])
         if elastic and (platform := places[0][0].platform) != "cpu":
             raise ValueError(
                 f"initialize: elastic must be False on a {platform}, where groups are fixed so far; got True; set "
@@ -430,16 +428,12 @@ def initialize(
                 mask_late_peers=on_timeout == "mask",
             )
 
-        try:
-            seats = [Seat(device, team, r, make_endpoint(device, r)) for device, team, r in places]
-        except BaseException:
-            if server is not None:
-                server.close()
-            raise
+        seats = [Seat(device, team, r, make_endpoint(device, r)) for device, team, r in places]
         group = EpGroup(config, [] if join else ranks, seats)
-        group._server = server
         make_elastic: Callable[[], Elastic] | None = None
         try:
+            if mesh is not None:
+                url, secret, group._server = _mesh_store(store, secret, number, init_timeout_s)
             if elastic:
                 assert url is not None
                 if num_experts is None and join:

@@ -49,7 +49,7 @@ class Rendezvous:
         self._hellos: dict[Seat, dict[int, dict[str, Any]]] = {}
         self._session: dict[Seat, str] = {}
         self._steps: set[str] = set()  # for which something was published
-        self._barriers: list[str] = []  # the last one
+        self._barrier = ""  # the last one that was passed
 
     def connect(self) -> None:
         """Connects every seat's endpoint to all members.
@@ -80,9 +80,9 @@ class Rendezvous:
         except BaseException:
             self._withdraw(name)  # nobody may pass it later, when this process is no longer there
             raise
-        for passed in self._barriers:  # all have passed it, since they have come to this one
-            self._withdraw(passed)
-        self._barriers = [name]
+        if self._barrier:  # all have passed it, since they have come to this one
+            self._withdraw(self._barrier)
+        self._barrier = name
 
     def say(self, name: str) -> None:
         """Counts as a call of `barrier` for those that wait in it, without waiting."""

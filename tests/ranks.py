@@ -100,6 +100,19 @@ class RankPool:
         self._server.close()
 
 
+def run_to_deaths(function: Callable, *args: Any, num_ranks: int, dead: set[int], transport: str = "shared") -> dict:
+    """`function` on processes of its own, of which just the `dead` kill themselves; what the others returned."""
+    pool = RankPool(num_ranks, {"JAX_NIXLEP_P2P": "0" if transport == "nixl" else "1"})
+    try:
+        pool.run(function, *args, timeout_s=60)
+    except RankError as error:
+        assert set(error.errors) == dead and all("exit code -9" in text for text in error.errors.values()), error
+        return error.results
+    finally:
+        pool.close()
+    raise AssertionError(f"ranks {sorted(dead)} live")
+
+
 class Job:
     """What a rank function is told."""
 

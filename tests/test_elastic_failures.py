@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from ranks import RankError, RankPool
+from ranks import run_to_deaths
 from test_elastic import CONFIG, expected, expert_weights, make_batch, program, serve, start, summary, wait_until
 
 import jax_nixlep as nx
@@ -171,14 +171,7 @@ def rank_newcomer_dies(job):
 
 
 def test_a_newcomer_that_dies_when_it_is_ready():
-    pool = RankPool(3)
-    try:
-        with pytest.raises(RankError) as caught:
-            pool.run(rank_newcomer_dies, timeout_s=60)
-    finally:
-        pool.close()
-    assert set(caught.value.errors) == {2} and "exit code -9" in caught.value.errors[2], caught.value
-    said, answer = caught.value.results[0]
+    said, answer = run_to_deaths(rank_newcomer_dies, num_ranks=3, dead={2})[0]
     assert len(said) == 1 and "did not happen: ranks [2] are gone" in said[0]
     assert [members for _, members, *_ in answer["history"]] == [(0, 1), (0,)]
 
@@ -246,14 +239,7 @@ def rank_unrestorable(job):
 
 
 def test_experts_that_cannot_be_restored_do_not_stop_the_group():
-    pool = RankPool(2)
-    try:
-        with pytest.raises(RankError) as caught:
-            pool.run(rank_unrestorable, timeout_s=60)
-    finally:
-        pool.close()
-    assert set(caught.value.errors) == {1} and "exit code -9" in caught.value.errors[1], caught.value
-    assert caught.value.results[0] == ((0,), [2, 3])
+    assert run_to_deaths(rank_unrestorable, num_ranks=2, dead={1})[0] == ((0,), [2, 3])
 
 
 def rank_leader_dies(job):
@@ -302,15 +288,7 @@ def rank_dies_before_the_first_step(job):
     [(rank_leader_dies, {0, 2}, "nixl"), (rank_dies_before_the_first_step, {0}, "shared")],
 )
 def test_lost_experts_come_back(function, dead, transport):
-    pool = RankPool(3, {"JAX_NIXLEP_P2P": "0" if transport == "nixl" else "1"})
-    try:
-        with pytest.raises(RankError) as caught:
-            pool.run(function, timeout_s=60)
-    finally:
-        pool.close()
-    assert set(caught.value.errors) == dead, caught.value
-    assert all("exit code -9" in text for text in caught.value.errors.values()), caught.value
-    assert set(caught.value.results) == {0, 1, 2} - dead
+    assert set(run_to_deaths(function, num_ranks=3, dead=dead, transport=transport)) == {0, 1, 2} - dead
 
 
 def rank_store_dies_in_prepare(job, url):

@@ -52,8 +52,7 @@ class Boundary:
         self._timeout_s, self._join_timeout_s, self._restores = timeout_s, join_timeout_s, restores
         self._operations = 0
         self._idle = False  # no operation ran since the boundary before
-        self._switching: tuple[str, float] = ("", 0.0)  # the change that switches, and when this rank first saw it
-        self._holding: tuple[str, float] = ("", 0.0)  # the change for whose step it waits, and since when
+        self._phase: tuple[tuple[str, str], float] = (("", ""), 0.0)  # of a change, and when `_since` first saw it
         self._timeouts: dict[int, int] = {}
         self.history: list[Switch] = []
         self.on_commit: list[Callable[[Switch], None]] = []
@@ -153,10 +152,14 @@ class Boundary:
     def _is_at(self, change: Running) -> bool:
         """Whether the change may happen here. Boundaries are counted by steps with operations: with nothing to do for
         all, none would come."""
-        now = time.monotonic()
-        if change.id != self._switching[0]:
-            self._switching = (change.id, now)
-        return self._shared.boundary >= change.step or (self._idle and now - self._switching[1] > _IDLE_S)
+        seen_s = time.monotonic() - self._since(change)
+        return self._shared.boundary >= change.step or (self._idle and seen_s > _IDLE_S)
+
+    def _since(self, change: Running) -> float:
+        """When this was first asked about the change in its phase of now."""
+        if self._phase[0] != (change.id, change.phase):
+            self._phase = ((change.id, change.phase), time.monotonic())
+        return self._phase[1]
 
     def _arrived(self, state: State) -> bool:
         where = state.recovery or state.change
@@ -208,10 +211,7 @@ class Boundary:
                 self._log.append(lambda s: event if s.epoch == state.epoch and s.recovery else None)
         elif change:
             patience_s = self._timeout_s if state.epoch else change.deadline_s
-            if change.phase == "commit" and change.id != self._holding[0]:
-                self._holding = (change.id, now)
-            seen = {"commit": self._holding[1], "switch": self._switching[1]}.get(change.phase, now)
-            impatient = now - seen > patience_s
+            impatient = change.phase != "prepare" and now - self._since(change) > patience_s
             missing = [r for r in waits_for(state) if impatient or not self._links.alive(r)]
             late = [r for r in missing if r in state.members]
             if late or not all(self._links.alive(r) for r in state.members):
