@@ -12,6 +12,7 @@ from jax_nixlep import _ffi, _order
 from jax_nixlep._check import check_dispatch
 from jax_nixlep._vary import vary
 from jax_nixlep.config import EpConfig
+from jax_nixlep.nixl_ep import packed
 from jax_nixlep.routing import Handle, Received, Status
 
 
@@ -76,6 +77,8 @@ def dispatch(
     """
     check_dispatch(x, expert_ids, weights, config, dequantize, recv_capacity)
     ordinal, rows = _order.next_ordinal("dispatch"), recv_capacity or config.num_rows
+    if _ffi.kernels() == "nixl_ep":
+        return packed.dispatch(x, expert_ids, weights, config, after, dequantize, rows)
     spec = OpSpec(config, ordinal, rows, weights is not None, dequantize)
     flat = jnp.zeros((0,), jnp.float32) if weights is None else weights
     out = _dispatch(spec, vary(x), vary(expert_ids), vary(flat), _order.edge(after))

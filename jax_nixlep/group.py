@@ -18,6 +18,7 @@ import numpy as np
 
 from jax_nixlep import _ffi
 from jax_nixlep import store as stores
+from jax_nixlep.nixl_ep import setup as nixl_ep
 from jax_nixlep.store.tcp import StoreServer
 
 if TYPE_CHECKING:
@@ -292,6 +293,7 @@ class EpGroup:
         self._activate()
 
     def _close(self) -> None:
+        _ffi.use_kernels("native")
         if self._elastic is not None:
             self._elastic.close()
         for seat in self._seats:
@@ -335,6 +337,7 @@ def initialize(
     timeout_s: float = 60.0,
     init_timeout_s: float = 120.0,
     on_timeout: Literal["raise", "mask"] = "raise",
+    kernels: Literal["native", "nixl_ep"] = "native",
     elastic: bool = False,
     join: bool = False,
     num_experts: int | None = None,
@@ -363,6 +366,8 @@ def initialize(
       init_timeout_s: how long to wait here for all members.
       on_timeout: "raise": a late or dead peer ends the operation with an error on every rank. "mask": its tokens and
         experts are left out, and `Status.peers` and `health()` say so.
+      kernels: "native": this package's. "nixl_ep": NVIDIA's NIXL-EP kernels from the installed nixl wheel, on GPUs, for
+        inference, within their limits: docs/nixl_ep.md. Programs traced for the other kernels are traced again.
       elastic: members may come, go and be lost: call `group.step()` between steps. Programs run by themselves, to
         compile and warm up, until its first call, which waits for all. Each process is one rank. On CPUs only, so far.
         The store is needed even for one member, and should outlive the ranks (`python -m jax_nixlep.store`, or the
@@ -392,6 +397,8 @@ def initialize(
             raise RuntimeError("initialize: must be called once; got a second call; call jax_nixlep.shutdown() first")
         if on_timeout not in ("raise", "mask"):
             raise ValueError(f'initialize: on_timeout must be "raise" or "mask"; got {on_timeout!r}; choose one')
+        if kernels not in ("native", "nixl_ep"):
+            raise ValueError(f'initialize: kernels must be "native" or "nixl_ep"; got {kernels!r}; choose one')
         times = {"timeout_s": timeout_s, "init_timeout_s": init_timeout_s, "restore_timeout_s": restore_timeout_s}
         for name, value in times.items():
             if not value > 0:
@@ -416,6 +423,8 @@ def initialize(
             )
 
         def make_endpoint(device: jax.Device, rank: int) -> _ffi.Endpoint:
+            if kernels == "nixl_ep":
+                return nixl_ep.make_endpoint(device, rank, config, timeout_s, on_timeout == "mask")
             return _ffi.make_endpoint(
                 device,
                 rank=rank,
@@ -463,6 +472,13 @@ def initialize(
             raise
         for seat in seats:
             _ffi.set_endpoint(seat.device, seat.endpoint)
+        _ffi.use_kernels(kernels)
+        if kernels == "nixl_ep":
+            try:
+                nixl_ep.self_test(config, {seat.device: seat.rank for seat in seats}, group.members)
+            except BaseException:
+                group._close()
+                raise
         _group = group
         return group
 
