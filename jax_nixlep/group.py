@@ -291,6 +291,8 @@ class EpGroup:
         self._rendezvous.barrier(f"epoch {self._epoch + 1}", op="ElasticMesh.resize")
         self._epoch, self._members = self._epoch + 1, tuple(members)
         self._activate()
+        if _ffi.kernels() == "nixl_ep":  # whose signals do not say of which epoch they are
+            self._rendezvous.barrier(f"active {self._epoch}", op="ElasticMesh.resize")
 
     def _close(self) -> None:
         _ffi.use_kernels("native")
@@ -404,6 +406,11 @@ def initialize(
             if not value > 0:
                 raise ValueError(f"initialize: {name} must be positive; got {value}; give seconds")
         elastic = elastic or join
+        if elastic and kernels == "nixl_ep":
+            raise ValueError(
+                'initialize: elastic must be False with kernels="nixl_ep", whose signals do not tell a late peer '
+                'from a present one; got True; use ElasticMesh over a mesh, or kernels="native"'
+            )
         if elastic and mesh is not None:
             raise ValueError("initialize: elastic must be False with a mesh, whose ranks are fixed; got True; drop one")
         if mesh is not None:

@@ -120,6 +120,7 @@ NixlEpEndpoint::NixlEpEndpoint(const Options& options, int device, const std::st
 
   const size_t ranks = size_t(shape().max_ranks);
   peers_.resize(ranks);
+  fatal_.resize(ranks);
   size_t end = layout_.num_bytes();
   auto place = [&](size_t num_bytes) {
     const size_t at = RoundUp(end, 256);
@@ -129,6 +130,7 @@ NixlEpEndpoint::NixlEpEndpoint(const Options& options, int device, const std::st
   counters_at_ = place(ranks * sizeof(int));
   counts_at_ = place(ranks * sizeof(int));
   mask_at_ = place(ranks * sizeof(int));
+  fatal_at_ = place(ranks * sizeof(int));
   waits_at_ = place(ranks * sizeof(int64_t));
   pointers_at_ = place(ranks * sizeof(void*));
   context_at_ = place(sizeof(Context));
@@ -303,8 +305,11 @@ void NixlEpEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
   if (!connected.empty()) MakeViews();
   Check(cudaMemcpy(Piece(context_at_), &context_, sizeof(context_), cudaMemcpyHostToDevice), "writing the context");
   if (!connected.empty()) FindPointersOf(connected);
-  for (size_t r = 0; r < peers_.size(); ++r) host_mask_[r] = !peers_[r].member;
-  Check(cudaMemcpy(Piece(mask_at_), host_mask_, 4 * peers_.size(), cudaMemcpyHostToDevice), "writing the mask");
+  for (size_t r = 0; r < peers_.size(); ++r) {
+    host_mask_[r] = !peers_[r].member;
+    fatal_[r] = peers_[r].member && !options_.mask_late_peers;
+  }
+  WriteMask();
   Check(cudaMemset(memory_, 0, 2 * layout_.signals), "clearing the signals");
   Check(cudaDeviceSynchronize(), "activating");
   bank_ = 0;
@@ -320,8 +325,16 @@ void NixlEpEndpoint::SetMasked(int peer, bool masked) {
     throw EpError("nixl_ep: only another member can be masked or unmasked; got " + Who(peer));
   }
   Check(cudaDeviceSynchronize(), "finishing before the mask changes");
+  Check(cudaMemcpy(host_mask_, Piece(mask_at_), 4 * peers_.size(), cudaMemcpyDeviceToHost), "reading the mask");
   host_mask_[peer] = masked;
-  Check(cudaMemcpy(Piece(mask_at_) + 4 * peer, &host_mask_[peer], 4, cudaMemcpyHostToDevice), "writing the mask");
+  fatal_[size_t(peer)] = !masked && !options_.mask_late_peers;
+  WriteMask();
+}
+
+void NixlEpEndpoint::WriteMask() {
+  const size_t num_bytes = 4 * peers_.size();
+  Check(cudaMemcpy(Piece(mask_at_), host_mask_, num_bytes, cudaMemcpyHostToDevice), "writing the mask");
+  Check(cudaMemcpy(Piece(fatal_at_), fatal_.data(), num_bytes, cudaMemcpyHostToDevice), "writing the mask");
 }
 
 void NixlEpEndpoint::Close() {
@@ -364,9 +377,9 @@ uint64_t NixlEpEndpoint::num_operations() const {
 }
 
 std::string NixlEpEndpoint::Failure() const {
-  if (options_.mask_late_peers || !host_mask_) return "";
+  if (!host_mask_) return "";
   for (size_t r = 0; r < peers_.size(); ++r) {
-    if (peers_[r].member && reinterpret_cast<volatile int32_t&>(host_mask_[r])) {
+    if (fatal_[r] && reinterpret_cast<volatile int32_t&>(host_mask_[r])) {
       return Who(int(r)) + " did not arrive within " + std::to_string(options_.timeout_s) +
              " s; check that rank's output, or raise timeout_s if it is only slow";
     }
@@ -389,8 +402,8 @@ void NixlEpEndpoint::End(int32_t* masked, cudaStream_t stream) {
   const size_t num_bytes = peers_.size() * sizeof(int32_t);
   Check(cudaMemcpyAsync(masked + peers_.size(), Piece(mask_at_), num_bytes, cudaMemcpyDeviceToDevice, stream),
         "reading the mask");
-  Check(cudaMemsetAsync(masked + 2 * peers_.size(), options_.mask_late_peers ? 0 : 0xFF, num_bytes, stream),
-        "writing the mask");
+  Check(cudaMemcpyAsync(masked + 2 * peers_.size(), Piece(fatal_at_), num_bytes, cudaMemcpyDeviceToDevice, stream),
+        "reading the mask");
   Check(cudaMemcpyAsync(host_mask_, Piece(mask_at_), num_bytes, cudaMemcpyDeviceToHost, stream), "reading the mask");
   bank_ ^= 1;
   ++operations_;

@@ -119,7 +119,7 @@ class NixlEpEndpoint {
     int32_t* source = nullptr;  // [E, R * T] token of each row
     int64_t* ranges = nullptr;  // [E, R] count of rows from each rank, first of them << 32
     int32_t* counts = nullptr;  // [E]
-    int32_t* masked = nullptr;  // [3, R] before the operation; after it; whether a late peer ends the group
+    int32_t* masked = nullptr;  // [3, R] before the operation; after it; whether that ends the group
   };
   void Dispatch(const DispatchArgs& args, cudaStream_t stream);
   struct CombineArgs {
@@ -143,6 +143,7 @@ class NixlEpEndpoint {
 
   void Begin(const char* op, int num_tokens) const;
   void End(int32_t* masked, cudaStream_t stream);
+  void WriteMask();
   void ReleaseViews();
   void MakeViews();
   void FindPointersOf(std::span<const int> peers);
@@ -156,10 +157,11 @@ class NixlEpEndpoint {
   int num_sms_ = 0;
   uint64_t clock_khz_ = 0, timeout_cycles_ = 0;
   // One block of device memory: the region, then what only this rank uses.
-  size_t counters_at_ = 0, counts_at_ = 0, mask_at_ = 0, waits_at_ = 0, pointers_at_ = 0, context_at_ = 0,
-         workspace_at_ = 0, memory_bytes_ = 0;
+  size_t counters_at_ = 0, counts_at_ = 0, mask_at_ = 0, fatal_at_ = 0, waits_at_ = 0, pointers_at_ = 0,
+         context_at_ = 0, workspace_at_ = 0, memory_bytes_ = 0;
   std::byte* memory_ = nullptr;
   int32_t* host_mask_ = nullptr;  // as of the last operation that has run
+  std::vector<int32_t> fatal_;    // peers that must not be masked by an operation
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<NixlAgent> nixl_;
   Context context_{};

@@ -19,8 +19,8 @@ class LowLatencyHandle(NamedTuple):
     Attributes:
       source: [E, R * T] int32, the token of each row on its rank; anything on rows that were not filled.
       ranges: [E, R, 2] int32, how many rows came from each rank, and the first of them.
-      masked: [3, R] int32, not zero: masked before the operation; masked after it; a mask newly set makes the group
-        fail (`on_timeout="raise"`).
+      masked: [3, R] int32, not zero: masked before the operation; masked after it; may not be masked, or the group
+        fails (members, with `on_timeout="raise"`).
       order: [] float32 zero; pass it as `after=`.
     """
 

@@ -83,7 +83,7 @@ def _dispatch(config: EpConfig, dequantize: bool, num_rows: int, x, expert_ids, 
     before, late, fatal = handle.masked != 0
     peers = jnp.where(before, PEER_ABSENT, jnp.where(late, PEER_TIMED_OUT, PEER_OK)).astype(jnp.int32)
     values, scales, source, ranges = pack(config, dequantize, num_rows, rows, scales, handle.source, handle.ranges)
-    values = _poison(values, before, late, fatal)
+    values = _poison(values, late, fatal)
     packed = PackedHandle(clean, weights, source, ranges)
     invalid = jnp.sum(~known & (expert_ids != -1), dtype=jnp.int32)
     return values, scales, sizes, packed, peers, invalid, handle.order
@@ -137,7 +137,7 @@ def _combine(config: EpConfig, expert_out, handle, weights, after):
     empty = jnp.zeros((), jnp.float32)
     layout = LowLatencyHandle(handle.source, handle.ranges, jnp.zeros((3, config.max_ranks), jnp.int32), empty)
     y, done = low_latency_combine(expert_out, ids, weights, layout, config=config, after=after)
-    return _poison(y, *(done.masked != 0)), done.order
+    return _poison(y, *(done.masked[1:] != 0)), done.order
 
 
 def _repeats(ids: jax.Array) -> jax.Array:
@@ -153,6 +153,6 @@ def _dequantize(values: jax.Array, scales: jax.Array) -> jax.Array:
     return wide.reshape(values.shape)
 
 
-def _poison(values: jax.Array, before: jax.Array, late: jax.Array, fatal: jax.Array) -> jax.Array:
+def _poison(values: jax.Array, masked: jax.Array, fatal: jax.Array) -> jax.Array:
     """NaN where a late peer ends the group: no result may look good."""
-    return jnp.where((late & ~before & fatal).any(), jnp.full((), jnp.nan, values.dtype), values)
+    return jnp.where((masked & fatal).any(), jnp.full((), jnp.nan, values.dtype), values)
