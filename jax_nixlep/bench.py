@@ -449,7 +449,7 @@ def main() -> int:
     )
     results: list[dict[str, Any]] = []
     wanted = args.kernels.split(",")
-    groups = [name for name in ("native", "nixl_ep") if name in wanted] or ["native"]
+    groups: list[Any] = [name for name in ("native", "nixl_ep") if name in wanted] or ["native"]
     for kernels in groups:
         runtimes = RUNTIMES[kernels] if kernels in wanted else []
         if kernels == groups[0] and "xla" in wanted:
