@@ -211,6 +211,18 @@ def test_operations_lower_to_the_handlers_of_nvidias_kernels(nixl_ep_kernels):
         jax.jit(layer).trace(x, ids, weights).lower(lowering_platforms=("cpu",))
 
 
+def test_a_rank_without_tokens_takes_part(nixl_ep_kernels):
+    config = make_config(max_ranks=2, hidden=2048)
+
+    def layer(x, ids):
+        received = nx.dispatch(x, ids, config=config)
+        return nx.combine(received.tokens, received.handle, config=config)
+
+    arguments = jnp.zeros((0, 2048), jnp.bfloat16), jnp.zeros((0, 4), jnp.int32)
+    text = jax.jit(layer).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert set(re.findall(r"@jax_nixlep_(\w+)", text)) == {"nixl_ep_dispatch", "nixl_ep_combine"}
+
+
 @pytest.mark.parametrize("op", ["dispatch", "combine"])
 def test_gradients_are_refused_when_traced(nixl_ep_kernels, op):
     config = make_config(max_ranks=2, hidden=2048)

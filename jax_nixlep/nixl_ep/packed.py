@@ -115,7 +115,7 @@ def pack(config: EpConfig, dequantize: bool, num_rows: int, rows, scales, source
     chosen = jnp.maximum(slot_at[place_of], 0)
     values = rows.reshape(experts * slots, -1)[chosen]
     if scales is not None:
-        scales = scales[chosen // slots, :, chosen % slots]
+        scales = scales[lax.div(chosen, jnp.int32(slots)), :, lax.rem(chosen, jnp.int32(slots))]
         if config.scale_format == "ue8m0":  # four exponents in each int32
             scales = lax.bitcast_convert_type(scales, jnp.uint8).reshape(num_rows, -1)
         scales = jnp.where(filled, scales, jnp.zeros((), scales.dtype))
@@ -124,7 +124,7 @@ def pack(config: EpConfig, dequantize: bool, num_rows: int, rows, scales, source
         elif config.scale_format == "ue8m0":
             scales = lax.bitcast_convert_type(scales, jnp.float8_e8m0fnu)
     values = jnp.where(filled, values, jnp.zeros((), values.dtype))
-    return values, scales, place_of % tokens, packed_ranges
+    return values, scales, lax.rem(place_of, jnp.int32(tokens)), packed_ranges
 
 
 @_without_gradient("combine", 1)
@@ -155,4 +155,6 @@ def _dequantize(values: jax.Array, scales: jax.Array) -> jax.Array:
 
 def _poison(values: jax.Array, masked: jax.Array, fatal: jax.Array) -> jax.Array:
     """NaN where a late peer ends the group: no result may look good."""
+    if values.size == 0:  # the result must depend on its operation all the same, or JAX drops that
+        return values
     return jnp.where((masked & fatal).any(), jnp.full((), jnp.nan, values.dtype), values)

@@ -2,12 +2,23 @@
 
 import functools
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import checkpoints
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from upstream import collect, deposit
+
+GPU = {"JAX_PLATFORMS": "cuda", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+       "CUDA_MODULE_LOADING": "EAGER", "UCX_LOG_LEVEL": "error"}  # fmt: skip
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None or importlib.util.find_spec("nixl_ep_cu13") is None,
@@ -242,3 +253,106 @@ def test_a_late_peer_poisons_and_is_named(gpu_pools):
         (received, y), *more = steps
         assert not more and np.isnan(received.tokens.astype(np.float32)).all() and np.isnan(y.astype(np.float32)).all()
         assert "rank 2 did not arrive within 2" in error and "rank 2 did not arrive" in health.failure
+
+
+# --- A rank that is upstream's own Buffer ---
+
+
+def rank_beside_upstream(_job, config, folder, repeats):
+    """Rank 1: ours."""
+    import jax
+
+    import jax_nixlep as nx
+    from jax_nixlep import _ffi, _nixl
+    from jax_nixlep.nixl_ep.setup import make_endpoint
+
+    x, ids, weights = collect(folder, "input 1")
+    device = jax.local_devices()[0]
+    endpoint = make_endpoint(device, 1, config, 20.0, True)
+    endpoint.open_nixl(str(_nixl.find_library()), "1")
+    deposit(folder, "metadata 1", endpoint.agent_metadata())
+    endpoint.connect_upstream(0, collect(folder, "metadata 0"), 20.0)
+    endpoint.activate(1, [0, 1])
+    _ffi.set_endpoint(device, endpoint)
+
+    def back(rows, ids, weights, handle):
+        return nx.nixl_ep.low_latency_combine(2 * rows, ids, weights, handle, config=config)[0]
+
+    send, back = jax.jit(functools.partial(nx.nixl_ep.low_latency_dispatch, config=config)), jax.jit(back)
+    rows, _, _, handle = jax.eval_shape(send, x, ids)
+    send, back = send.lower(x, ids).compile(), back.lower(rows, ids, weights, handle).compile()
+    deposit(folder, "ready 1", True)
+    collect(folder, "ready 0")
+    results = []
+    for _ in range(repeats):
+        rows, _, count, handle = send(x, ids)
+        y = back(rows, ids, weights, handle)
+        floats = [np.asarray(v).astype(np.float32) for v in (rows, y)]
+        results.append(floats + [np.asarray(v) for v in (count, handle.source, handle.ranges)])
+    deposit(folder, "result 1", results)
+    collect(folder, "result 0")
+    _ffi.set_endpoint(device, None)
+    endpoint.close()
+    return results
+
+
+def test_exchanges_with_upstreams_buffer(gpu_pools, tmp_path):
+    config, repeats = make_config(), 3
+    experts, tokens = config.experts_per_rank, config.max_tokens_per_rank
+    inputs = [make_input(config, rank, tokens) for rank in range(2)]
+    for _, ids, _ in inputs:
+        ids[0, 1] = -1  # here a repeated id would be two rows
+    x, ids, weights = inputs[0]
+    deposit(tmp_path, "input 0", (experts, tokens, config.hidden, repeats, x.astype(np.float32), ids, weights))
+    deposit(tmp_path, "input 1", inputs[1])
+    path = os.pathsep.join([os.environ.get("JAX_NIXLEP_TEST_UPSTREAM", ""), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(Path(__file__).parent / "upstream.py"), str(tmp_path)]
+    with subprocess.Popen(
+        command, env=os.environ | GPU | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
+    ) as peer:
+        try:
+            ours = gpu_pools(1).run(rank_beside_upstream, config, tmp_path, repeats, timeout_s=60)[0]
+            assert peer.wait(20) == 0, peer.stderr.read()
+        finally:
+            peer.kill()
+    for rank, results in enumerate((collect(tmp_path, "result 0"), ours)):
+        x, ids, weights = inputs[rank]
+        for rows, y, count, source, ranges in results:
+            np.testing.assert_array_equal(count, ranges[..., 0].sum(axis=1))
+            for e in range(experts):
+                for sender in range(2):
+                    n, first = ranges[e, sender]
+                    found = source[e, first : first + n]
+                    assert sorted(found) == list(np.flatnonzero((inputs[sender][1] == rank * experts + e).any(axis=1)))
+                    np.testing.assert_array_equal(
+                        rows[e, first : first + n], inputs[sender][0][found].astype(np.float32)
+                    )
+            assert_rounded(y, 2 * x.astype(np.float32) * (weights * (ids >= 0)).sum(1, keepdims=True))
+
+
+# --- As a user starts it ---
+
+
+def test_generates_the_same_tokens(tmp_path):
+    wide = {"hidden_size": 2048, "intermediate_size": 256, "torch_dtype": "bfloat16"}
+    checkpoints.write_config(tmp_path, checkpoints.MIXTRAL | wide)
+    checkpoints.write_shards(tmp_path, checkpoints.mixtral_tensors(jnp.bfloat16, hidden=2048, expert=256))
+    checkpoints.write_tokenizer(tmp_path)
+    texts = {}
+    for kernels in ("native", "nixl_ep"):
+        out = tmp_path / f"{kernels}.json"
+        command = [
+            sys.executable,
+            str(EXAMPLES / "generate.py"),
+            "--model",
+            str(tmp_path),
+            "--ranks",
+            "2",
+            "--steps",
+            "8",
+        ]
+        command += ["--prompt", "hello user", "user", "hello : hello", "--kernels", kernels, "--json", str(out)]
+        done = subprocess.run(command, env=os.environ | GPU, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        texts[kernels] = [completion["text"] for completion in json.loads(out.read_text())["completions"]]
+    assert texts["nixl_ep"] == texts["native"]
