@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_nixlep.config import EpConfig
-from jax_nixlep.routing import Handle, PackedHandle
+from jax_nixlep.routing import Handle
 
 
 def check_dispatch(
@@ -33,20 +33,14 @@ def check_dispatch(
         )
 
 
-def check_combine(expert_out: Any, handle: Handle | PackedHandle, weights: Any, config: EpConfig) -> None:
+def check_combine(expert_out: Any, handle: Handle, weights: Any, config: EpConfig) -> None:
     """Refuses at trace time what `combine` cannot take."""
-    tokens, k = handle.expert_ids.shape if isinstance(handle, (Handle, PackedHandle)) else (0, 0)
-    if isinstance(handle, Handle):
-        shape: tuple[int, ...] = (config.max_ranks, config.max_tokens_per_rank, k)
-        _check_array("combine", "handle.row_of", handle.row_of, shape, jnp.int32)
-        rows = handle.row_weights.shape[0]
-    elif isinstance(handle, PackedHandle):
-        shape = (config.experts_per_rank, config.max_ranks, 2)
-        _check_array("combine", "handle.ranges", handle.ranges, shape, jnp.int32)
-        rows = handle.source.shape[0]
-    else:
+    if not isinstance(handle, Handle):
         raise TypeError(f"combine: handle must be a Handle; got {type(handle).__name__}; pass received.handle")
-    _check_array("combine", "expert_out", expert_out, (rows, config.hidden), config.dtype)
+    tokens, k = handle.expert_ids.shape
+    shape = (config.max_ranks, config.max_tokens_per_rank, k)
+    _check_array("combine", "handle.row_of", handle.row_of, shape, jnp.int32)
+    _check_array("combine", "expert_out", expert_out, (handle.row_weights.shape[0], config.hidden), config.dtype)
     if weights is not None:
         _check_array("combine", "weights", weights, (tokens, k), jnp.float32)
 

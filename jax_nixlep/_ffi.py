@@ -168,6 +168,11 @@ def _lower(ctx, *operands, name, results, attrs):
         raise NotImplementedError(
             f"{name}: the program must be for an NVIDIA GPU; got cpu; use dispatch and combine, which run on both"
         )
+    if kernels() == "nixl_ep" and not name.startswith("nixl_ep_") and name != "mark":
+        raise NotImplementedError(
+            f'{name}: the group must have kernels="native"; got kernels="nixl_ep", which know only dispatch and '
+            'combine; initialize with kernels="native"'
+        )
     attributes = dict(attrs)
     if "ordinal" in attributes:
         attributes["ordinal"] = np.int64(_order.number_in_program(ctx.module_context, int(attributes["ordinal"])))

@@ -51,10 +51,9 @@ def combine(
 
 def combine_ordered(expert_out, handle, weights=None, *, config, after=None):
     """`combine`, and the order edge that a later operation can take as `after`."""
-    check_combine(expert_out, handle, weights, config)
     if isinstance(handle, PackedHandle):
-        _order.next_ordinal("combine")
         return packed.combine(expert_out, handle, weights, config, after)
+    check_combine(expert_out, handle, weights, config)
     expert_ids, row_of, row_weights = handle
     spec = OpSpec(config, _order.next_ordinal("combine"), row_weights.shape[0])
     order = _order.edge(after)

@@ -237,6 +237,17 @@ def test_gradients_are_refused_when_traced(nixl_ep_kernels, op):
         jax.jit(jax.grad(loss, argnums=("dispatch", "combine").index(op))).trace(*arguments)
 
 
+def test_other_operations_are_refused_when_compiled(nixl_ep_kernels):
+    config = make_config(max_ranks=2, hidden=2048)
+    (x, *_), (ids, *_), _ = make_inputs(config, [5, 8])
+
+    def halves(x):
+        return nx.dispatch_finish(nx.dispatch_start(x, ids, config=config)).tokens
+
+    with pytest.raises(NotImplementedError, match=r'dispatch_start: the group must have kernels="native"'):
+        jax.jit(halves).trace(x).lower(lowering_platforms=("cuda",))
+
+
 def test_dropping_is_refused(nixl_ep_kernels):
     config = make_config(max_ranks=2, hidden=2048)
     (x, *_), (ids, *_), _ = make_inputs(config, [5, 8])

@@ -12,8 +12,7 @@ using cuda::nixl_ep::NixlEpEndpoint;
 
 namespace {
 
-template <typename E>
-py::dict Address(const E& endpoint) {
+py::dict Address(const CudaEndpoint& endpoint) {
   py::dict address;
   address["pid"] = getpid();
   address["fd"] = -1;  // no peer maps it: all are reached through NIXL
@@ -43,10 +42,27 @@ void BindNixlEp(py::module_& m) {
       .def(py::init(&MakeNixlEpEndpoint), py::kw_only(), py::arg("library"), py::arg("device"), py::arg("rank"),
            py::arg("max_ranks"), py::arg("experts_per_rank"), py::arg("max_tokens"), py::arg("top_k"),
            py::arg("hidden"), py::arg("timeout_s"), py::arg("mask_late_peers"), Unlocked())
-      .def("address", &Address<NixlEpEndpoint>)
+      .def("address",
+           [](const NixlEpEndpoint& e) {
+             return py::dict(py::arg("pid") = getpid(), py::arg("fd") = -1, py::arg("nonce") = e.nonce(),
+                             py::arg("base") = reinterpret_cast<uintptr_t>(e.region()));
+           })
       .def(
           "map_peer", [](NixlEpEndpoint&, int, int, int, uint64_t) { return false; }, py::arg("peer"), py::arg("pid"),
           py::arg("fd"), py::arg("nonce"))
+      .def("open_nixl", &OpenNixl<NixlEpEndpoint>, py::arg("library"), py::arg("name"))
+      .def("connect_nixl", &ConnectNixl<NixlEpEndpoint>, py::arg("peer"), py::arg("metadata"), py::arg("remote_base"),
+           py::arg("nonce"))
+      .def("drop_peer", &NixlEpEndpoint::DropPeer, py::arg("peer"), Unlocked())
+      .def(
+          "activate",
+          [](NixlEpEndpoint& e, int epoch, const std::vector<int>& members) { e.Activate(uint16_t(epoch), members); },
+          py::arg("epoch"), py::arg("members"), Unlocked())
+      .def("failure", &NixlEpEndpoint::Failure)
+      .def("close", &NixlEpEndpoint::Close, Unlocked())
+      .def("health", &HealthOf<NixlEpEndpoint>, py::arg("rank"))
+      .def_property_readonly("epoch", &NixlEpEndpoint::epoch)
+      .def_property_readonly("num_operations", &NixlEpEndpoint::num_operations)
       .def("agent_metadata", [](const NixlEpEndpoint& e) { return py::bytes(e.AgentMetadata()); })
       .def(
           "connect_upstream",
@@ -61,7 +77,6 @@ void BindNixlEp(py::module_& m) {
       .def_property_readonly("num_bytes", &NixlEpEndpoint::num_bytes)
       .def_property_readonly("dropped_rows", [](const NixlEpEndpoint&) { return 0; })
       .def_property_readonly("invalid_ids", [](const NixlEpEndpoint&) { return 0; });
-  BindEndpoint(endpoint);
   m.def(
       "set_nixl_ep_endpoint",
       [](int device, std::shared_ptr<NixlEpEndpoint> endpoint) {
@@ -111,7 +126,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init(&MakeEndpoint), py::kw_only(), py::arg("device"), py::arg("rank"), py::arg("max_ranks"),
            py::arg("experts_per_rank"), py::arg("max_tokens"), py::arg("top_k"), py::arg("row_bytes"),
            py::arg("timeout_s"), py::arg("mask_late_peers"), Unlocked())
-      .def("address", &Address<CudaEndpoint>, "Where the region is; for `connect_nixl` of the peers.")
+      .def("address", &Address, "Where the region is; for `connect_nixl` of the peers.")
       .def(
           "map_peer", [](CudaEndpoint&, int, int, int, uint64_t) { return false; }, py::arg("peer"), py::arg("pid"),
           py::arg("fd"), py::arg("nonce"), "False: peers are reached through NIXL, also those of the same machine.")

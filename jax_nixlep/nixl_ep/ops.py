@@ -57,8 +57,8 @@ def low_latency_dispatch(
       jax.errors.JaxRuntimeError: when the program runs.
     """
     _order.next_ordinal("low_latency_dispatch")  # refuses vmap
-    _check("low_latency_dispatch", "x", x, (x.shape[0], config.hidden), jnp.bfloat16)
-    _check("low_latency_dispatch", "topk_idx", topk_idx, (x.shape[0], config.top_k), jnp.int32)
+    check_array("low_latency_dispatch", "x", x, (x.shape[0], config.hidden), jnp.bfloat16)
+    check_array("low_latency_dispatch", "topk_idx", topk_idx, (x.shape[0], config.top_k), jnp.int32)
     experts, ranks = config.experts_per_rank, config.max_ranks
     slots = ranks * config.max_tokens_per_rank
     fp8, ue8m0 = config.wire == "fp8_e4m3", config.scale_format == "ue8m0"
@@ -111,10 +111,10 @@ def low_latency_combine(
     _order.next_ordinal(op)
     slots, tokens = config.max_ranks * config.max_tokens_per_rank, topk_idx.shape[0]
     rows = x.shape[:-1] if x.ndim == 2 else (config.experts_per_rank, slots)
-    _check(op, "x", x, (*rows, config.hidden), jnp.bfloat16)
-    _check(op, "topk_idx", topk_idx, (tokens, config.top_k), jnp.int32)
-    _check(op, "topk_weights", topk_weights, (tokens, config.top_k), jnp.float32)
-    _check(op, "handle.source", handle.source, rows, jnp.int32)
+    check_array(op, "x", x, (*rows, config.hidden), jnp.bfloat16)
+    check_array(op, "topk_idx", topk_idx, (tokens, config.top_k), jnp.int32)
+    check_array(op, "topk_weights", topk_weights, (tokens, config.top_k), jnp.float32)
+    check_array(op, "handle.source", handle.source, rows, jnp.int32)
     results = (
         _ffi.struct((tokens, config.hidden), jnp.bfloat16),
         _ffi.struct((3, config.max_ranks), jnp.int32),
@@ -125,7 +125,7 @@ def low_latency_combine(
     return y, handle._replace(masked=masked, order=order)
 
 
-def _check(op: str, name: str, value: jax.Array, shape: tuple[int, ...], dtype: Any) -> None:
+def check_array(op: str, name: str, value: jax.Array, shape: tuple[int, ...], dtype: Any) -> None:
     if value.shape != shape or value.dtype != dtype:
         raise ValueError(
             f"{op}: {name} must be {jnp.dtype(dtype).name} {list(shape)}; got {value.dtype} {list(value.shape)}; "

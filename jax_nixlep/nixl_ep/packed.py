@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jax_nixlep import _order
 from jax_nixlep._vary import vary
 from jax_nixlep.config import EpConfig
-from jax_nixlep.nixl_ep.ops import LowLatencyHandle, low_latency_combine, low_latency_dispatch
+from jax_nixlep.nixl_ep.ops import LowLatencyHandle, check_array, low_latency_combine, low_latency_dispatch
 from jax_nixlep.routing import PEER_ABSENT, PEER_OK, PEER_TIMED_OUT, PackedHandle, Received, Status
 
 
@@ -40,7 +41,14 @@ def combine(
     config: EpConfig,
     after: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`jax_nixlep.combine`, whose arguments are checked; also its order edge."""
+    """`jax_nixlep.combine`; also its order edge."""
+    _order.next_ordinal("combine")  # refuses vmap
+    tokens, rows = handle.expert_ids.shape[0], handle.source.shape[0]
+    shape = (config.experts_per_rank, config.max_ranks, 2)
+    check_array("combine", "handle.ranges", handle.ranges, shape, jnp.int32)
+    check_array("combine", "expert_out", expert_out, (rows, config.hidden), config.dtype)
+    if weights is not None:
+        check_array("combine", "weights", weights, (tokens, config.top_k), jnp.float32)
     return _combine(config, vary(expert_out), handle, handle.weights if weights is None else vary(weights), after)
 
 
