@@ -248,6 +248,13 @@ def test_other_operations_are_refused_when_compiled(nixl_ep_kernels):
         jax.jit(halves).trace(x).lower(lowering_platforms=("cuda",))
 
 
+def test_quantized_tokens_are_refused(nixl_ep_kernels):
+    config = make_config(max_ranks=2, hidden=2048, wire="fp8_e4m3")
+    x, scales, ids = jnp.zeros((3, 2048), jnp.float8_e4m3fn), jnp.ones((3, 16)), jnp.zeros((3, 4), jnp.int32)
+    with pytest.raises(ValueError, match=r'scales must be None with kernels="nixl_ep".*got float32 \[3, 16\]'):
+        nx.dispatch(x, ids, config=config, scales=scales)
+
+
 def test_dropping_is_refused(nixl_ep_kernels):
     config = make_config(max_ranks=2, hidden=2048)
     (x, *_), (ids, *_), _ = make_inputs(config, [5, 8])

@@ -17,14 +17,21 @@ from jax_nixlep.routing import PEER_ABSENT, PEER_OK, PEER_TIMED_OUT, PackedHandl
 
 def dispatch(
     x: jax.Array,
+    scales: jax.Array | None,
     expert_ids: jax.Array,
     weights: jax.Array | None,
     config: EpConfig,
-    after: jax.Array | None,
-    dequantize: bool,
-    num_rows: int,
+    after: jax.Array | None = None,
+    dequantize: bool = True,
+    recv_capacity: int | None = None,
 ) -> Received:
     """`jax_nixlep.dispatch`, whose arguments are checked."""
+    if scales is not None:
+        raise ValueError(
+            'dispatch: scales must be None with kernels="nixl_ep", whose kernels quantise themselves; got '
+            f'{scales.dtype} {list(scales.shape)}; pass tokens of bfloat16, or use kernels="native"'
+        )
+    num_rows = recv_capacity or config.num_rows
     _check_rows(x, config, num_rows)
     if weights is None:
         weights = jnp.where(_repeats(expert_ids), 0.0, 1.0)

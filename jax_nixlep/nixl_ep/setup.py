@@ -61,7 +61,7 @@ def self_test(config: EpConfig, ranks: Mapping[jax.Device, int], members: Sequen
         return ((number * (rank + 3)) % 64 - 31).astype(np.float32)  # exact in bfloat16; nearly so in float8
 
     def pair(x: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        received = dispatch(x, ids, None, config, None, True, config.num_rows)
+        received = dispatch(x, None, ids, None, config)
         rows = received.tokens * (jnp.arange(config.num_rows)[:, None] < received.group_sizes.sum())
         assert isinstance(received.handle, PackedHandle)
         y, _ = combine(rows, received.handle, None, config, received.status.order)
