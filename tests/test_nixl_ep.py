@@ -182,6 +182,10 @@ def test_initialize_refuses_other_names_and_cpus(monkeypatch, tmp_path):
     config = make_config(max_ranks=2, hidden=2048)
     with pytest.raises(ValueError, match='kernels must be "native" or "nixl_ep"; got \'other\''):
         nx.initialize(config, rank=0, members=[0], kernels="other")
+    with pytest.raises(ValueError, match=r'store must be a URL without kernels="nixl_ep"'):
+        nx.initialize(config, rank=0, members=[0, 1], store=object())
+    with pytest.raises(ValueError, match=r'elastic must be False with kernels="nixl_ep"'):
+        nx.initialize(config, rank=0, members=[0], store="tcp://127.0.0.1:1", kernels="nixl_ep", elastic=True)
     if jax.default_backend() == "cpu":
         with pytest.raises(RuntimeError, match=r'kernels="nixl_ep" must be on an NVIDIA GPU.*got cpu'):
             nx.initialize(config, rank=0, members=[0], kernels="nixl_ep")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_nixlep import _ffi
+from jax_nixlep import _ffi, _nixl
 from jax_nixlep._ffi import NixlError
 from jax_nixlep.config import EpConfig
 from jax_nixlep.nixl_ep.library import check_config, find_library, read_limits
@@ -17,6 +18,7 @@ from jax_nixlep.nixl_ep.packed import combine, dispatch
 from jax_nixlep.routing import PackedHandle
 
 _DEFAULT_SMS = 132
+_KEY = "NIXL_EP/{}"  # where Buffers look for the metadata of a rank
 
 
 def make_endpoint(device: jax.Device, rank: int, config: EpConfig, timeout_s: float, mask_late_peers: bool) -> Any:
@@ -43,6 +45,36 @@ def make_endpoint(device: jax.Device, rank: int, config: EpConfig, timeout_s: fl
         timeout_s=timeout_s,
         mask_late_peers=mask_late_peers,
     )
+
+
+def meet(endpoint: Any, rank: int, members: Sequence[int], store: Any, timeout_s: float) -> None:
+    """Connects and activates as upstream's `Buffer.connect_ranks` does. Collective.
+
+    Args:
+      store: torch.distributed.TCPStore, the others' `tcp_store_group`.
+
+    Raises:
+      TimeoutError: names the ranks that did not arrive.
+      EpError: a rank came and did not go on.
+    """
+    deadline = time.monotonic() + timeout_s
+    others = [r for r in members if r != rank]
+    keys = [_KEY.format(r) for r in others]
+    endpoint.open_nixl(str(_nixl.find_library()), str(rank))
+    store.set(_KEY.format(rank), endpoint.agent_metadata())
+    try:
+        while absent := [r for r, key in zip(others, keys, strict=True) if not store.check([key])]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"initialize: ranks {absent} did not arrive within {timeout_s:g} s; check that they run and "
+                    "use the same store, or raise init_timeout_s"
+                )
+            time.sleep(0.01)
+        for peer, key in zip(others, keys, strict=True):
+            endpoint.connect_upstream(peer, bytes(store.get(key)), max(1.0, deadline - time.monotonic()))
+    finally:
+        store.delete_key(_KEY.format(rank))
+    endpoint.activate(1, list(members))
 
 
 def self_test(config: EpConfig, ranks: Mapping[jax.Device, int], members: Sequence[int]) -> None:
