@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_nixlep import _ffi, _nixl
-from jax_nixlep._ffi import NixlError
+from jax_nixlep._ffi import EpError, NixlError
 from jax_nixlep.config import EpConfig
 from jax_nixlep.nixl_ep.library import check_config, find_library, read_limits
 from jax_nixlep.nixl_ep.packed import combine, dispatch
@@ -33,18 +34,21 @@ def make_endpoint(device: jax.Device, rank: int, config: EpConfig, timeout_s: fl
     _ffi.check_nixl_ep_device(device)
     library = find_library()
     check_config(config, read_limits(library), getattr(device, "core_count", _DEFAULT_SMS))
-    return _ffi.make_nixl_ep_endpoint(
-        device,
-        library=str(library),
-        rank=rank,
-        max_ranks=config.max_ranks,
-        experts_per_rank=config.experts_per_rank,
-        max_tokens=config.max_tokens_per_rank,
-        top_k=config.top_k,
-        hidden=config.hidden,
-        timeout_s=timeout_s,
-        mask_late_peers=mask_late_peers,
-    )
+    try:
+        return _ffi.make_nixl_ep_endpoint(
+            device,
+            library=str(library),
+            rank=rank,
+            max_ranks=config.max_ranks,
+            experts_per_rank=config.experts_per_rank,
+            max_tokens=config.max_tokens_per_rank,
+            top_k=config.top_k,
+            hidden=config.hidden,
+            timeout_s=timeout_s,
+            mask_late_peers=mask_late_peers,
+        )
+    except EpError as error:
+        raise EpError(f"{error} (nixl-cu13 {importlib.metadata.version('nixl-cu13')} is installed)") from error
 
 
 def meet(endpoint: Any, rank: int, members: Sequence[int], store: Any, timeout_s: float) -> None:
