@@ -13,6 +13,9 @@ namespace jax_nixlep::cuda {
 inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 inline constexpr int kWarp = 32;
 
+// Keeps what follows out of the way of the code that is always run.
+__device__ inline bool Rarely(bool condition) { return __builtin_expect(condition, 0); }
+
 // --- Memory ---
 
 __device__ inline uint64_t LoadAcquire(const uint64_t* p) {
@@ -468,7 +471,7 @@ __device__ __noinline__ static void AwaitBankSlow(Op& op, const Params& p) {
 }
 
 __device__ inline void AwaitBank(Op& op, const Params& p) {
-  if (op.wait_for_bank && !op.bad) AwaitBankSlow(op, p);
+  if (Rarely(op.wait_for_bank && !op.bad)) AwaitBankSlow(op, p);
 }
 
 // Counts the blocks that have read the state; EndSend uses the answer, by when it has arrived.
@@ -498,7 +501,7 @@ __device__ __noinline__ static bool EndReceive(Op& op, const Params& p, bool pul
     if (p.order) *p.order = 0;
     p.control->state.finished = op.stamp;
   }
-  if (op.bad) return true;
+  if (Rarely(op.bad)) return true;
   if (pulled) {
     __syncthreads();
     bool gave_up = false;
@@ -510,7 +513,7 @@ __device__ __noinline__ static bool EndReceive(Op& op, const Params& p, bool pul
     }
     if (__syncthreads_or(gave_up)) return false;
   }
-  if (op.overlaps && IsLast(op, &p.control->state.tails, gridDim.x)) {
+  if (Rarely(op.overlaps) && IsLast(op, &p.control->state.tails, gridDim.x)) {
 #pragma unroll 1
     for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
       if (r == op.rank) StoreRelease(&p.control->notices[r].finished, op.stamp);

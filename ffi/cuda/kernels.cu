@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(1024)
   Begin(op, p, /*sending=*/true);
   const uint32_t head = PassHead(p);
   AwaitBank(op, p);
-  if (op.bad) {
+  if (Rarely(op.bad)) {
     if (a.clean_ids) {
       Fill(a.clean_ids, uint64_t(a.num_tokens) * K * sizeof(int32_t), 0xFFFFFFFFu);
       if (blockIdx.x == 0 && threadIdx.x == 0) *a.invalid_ids = 0;
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(1024)
       if (a.clean_ids) reinterpret_cast<int32_t*>(inbox)[i] = id;
       if (a.weights) reinterpret_cast<float*>(inbox + p.g.second)[i] = weight;
     }
-    if (op.num_put_peers) {
+    if (Rarely(op.num_put_peers)) {
       if (a.clean_ids) sent_ids[i] = id;
       if (a.weights) sent_weights[i] = weight;
     }
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(1024)
       if (const int later = t + kAhead * gridDim.x; later < a.num_tokens && threadIdx.x < G) {
         ahead[i] = LoadOnce<4>(a.x + (uint64_t(later) * G + threadIdx.x) * 16);
       }
-      if (op.num_put_peers && G) {
+      if (Rarely(op.num_put_peers && G)) {
         __threadfence_system();
         __syncthreads();
         for (int r = warp; r < p.g.max_ranks; r += blockDim.x / kWarp) {
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(1024)
       *a.invalid_ids = int32_t(invalid);
       if (invalid) atomicAdd(&state.invalid_ids, (unsigned long long)invalid);
     }
-    if (op.num_put_peers) {
+    if (Rarely(op.num_put_peers)) {
       const uint64_t offset = op.inbox_offset(p.g), table_bytes = uint64_t(a.num_tokens) * K * sizeof(int32_t);
       for (int r = warp; r < p.g.max_ranks; r += blockDim.x / kWarp) {
         if (op.pointer[r] || !op.live[r]) continue;
@@ -263,14 +263,20 @@ __device__ void PickChunk(const Op& op, const Params& p, const Plan& plan, int c
   const int lane = threadIdx.x % kWarp, K = p.g.top_k, E = p.g.experts_per_rank;
   const int r = chunk / plan.cpr, first = chunk % plan.cpr * kWarp;
   uint32_t* picked = plan.picked + uint64_t(chunk) * plan.stride;
+  const auto* ids = reinterpret_cast<const int32_t*>(TablesOf(op, p, r)) + uint64_t(first) * K;
+  const int choices = min(kWarp, op.tokens[r] - first) * K;
+  // A table's end is padded to whole granules.
+  auto load = [&](int i) {
+    return i < choices ? LoadOnce<4>(reinterpret_cast<const std::byte*>(ids + i)) : Words<4>{};
+  };
+  Words<4> next = load(lane * 4);
 #pragma unroll 1
   for (int e = lane; e < plan.stride; e += kWarp) picked[e] = 0;
   __syncwarp();
-  const auto* ids = reinterpret_cast<const int32_t*>(TablesOf(op, p, r)) + uint64_t(first) * K;
-  const int choices = min(kWarp, op.tokens[r] - first) * K;
 #pragma unroll 1
-  for (int i = lane * 4; i < choices; i += kWarp * 4) {  // a table's end is padded to whole granules
-    const Words<4> four = LoadOnce<4>(reinterpret_cast<const std::byte*>(ids + i));
+  for (int i = lane * 4; i < choices; i += kWarp * 4) {
+    const Words<4> four = next;
+    next = load(i + kWarp * 4);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int expert = int32_t(four.w[j]) - op.rank * E;
@@ -371,7 +377,7 @@ __global__ void __launch_bounds__(kMoveThreads)
   __shared__ Op op;
   Begin(op, p, /*sending=*/false);
   AwaitAll(op, p);
-  if (op.bad) return;  // the kernel that follows comes to the same end
+  if (Rarely(op.bad)) return;  // the kernel that follows comes to the same end
   const Plan plan(p.g, p.control->state.scratch);
   const int warps = blockDim.x / kWarp;
   for (int chunk = blockIdx.x * warps + threadIdx.x / kWarp; chunk < plan.chunks; chunk += gridDim.x * warps) {
@@ -444,7 +450,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
     if (first_unit < num_units) PrefetchSegment(op, p, first_unit, segments);
   }
   AwaitAll(op, p);
-  if (op.bad) {
+  if (Rarely(op.bad)) {
     PoisonTokens(op, p, a);
     EndReceive(op, p, true);
     return;
@@ -566,7 +572,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
     Fill(a.rows, a.num_rows * p.row_bytes, 0xFFFFFFFFu);
     Fill(a.row_weights, a.num_rows * sizeof(float), 0xFFFFFFFFu);
   };
-  if (op.bad) {
+  if (Rarely(op.bad)) {
     poison();
     EndReceive(op, p, true);
     return;
@@ -643,7 +649,7 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
   Begin(op, p, /*sending=*/true);
   const uint32_t head = PassHead(p);
   AwaitBank(op, p);
-  if (op.bad || !op.live[to]) return EndSend(op, p, head, begun_ns);
+  if (Rarely(op.bad) || !op.live[to]) return EndSend(op, p, head, begun_ns);
 
   const bool by_put = op.pointer[to] == nullptr;
   std::byte* message = by_put ? op.outbox(p.g, op.region, to) : op.inbox(p.g, op.pointer[to], op.rank);
@@ -728,7 +734,7 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
     }
     if (!any) continue;
     if (first_segment == 0) ++sent;
-    if (by_put && G) {
+    if (Rarely(by_put && G)) {
       __threadfence_system();
       __syncwarp();
       Put<UCS_DEVICE_LEVEL_WARP>(op, state, to, out, op.inbox_offset(p.g) + uint64_t(out - message),
@@ -741,7 +747,7 @@ __global__ void __launch_bounds__(kSumThreads, kSumBlocks)
   }
   if (IsLast(op, &state.arrivals[to], gridDim.x)) {
     if (!by_put && threadIdx.x == 0) SignalByPointer(op, p, to, a.num_tokens);
-    if (by_put && warp == 0) {
+    if (Rarely(by_put) && warp == 0) {
       const uint64_t offset = op.inbox_offset(p.g);
       Put<UCS_DEVICE_LEVEL_WARP>(op, state, to, message, offset, T * sizeof(int32_t));
       if (a.row_scalars) {
@@ -789,7 +795,7 @@ __global__ void __launch_bounds__(kSumThreads, 4)
     }
   }
   AwaitAll(op, p);
-  if (op.bad) {
+  if (Rarely(op.bad)) {
     Fill(a.y, uint64_t(a.num_tokens) * p.row_bytes, 0xFFFFFFFFu);
     Fill(a.scalars, uint64_t(a.num_tokens) * K * sizeof(float), 0xFFFFFFFFu);
     EndReceive(op, p, false);
@@ -946,7 +952,7 @@ void ReceiveTokens(const Launch& l, const ReceiveTokensArgs& a) {
   const int64_t tokens = int64_t(g.max_ranks) * g.max_tokens;
   const int64_t segments = p.segments.value;
   // Rows that stay empty are written, too.
-  const int blocks = Blocks(std::max(tokens, a.num_rows / 2) * segments, kMoveThreads / kWarp, l.num_sms * 2);
+  const int blocks = Blocks(std::max(tokens, a.num_rows) * segments, kMoveThreads / kWarp, l.num_sms * 2);
   const size_t plan_bytes = ScratchBytes(g);
   const size_t limit_bytes = 2 * (size_t(g.experts_per_rank + 31) / 32 * 32 + 1) * sizeof(int32_t);
   const bool planned = plan_bytes > kSharedPlanBytes || tokens * g.top_k > kSharedPlanChoices;
