@@ -239,7 +239,7 @@ __device__ __noinline__ static void Fail(Op& op, const Params& p, Failure why, i
   __threadfence_system();
   StoreRelaxed(&state.report->code, uint32_t(why));
   for (int r = 0; r < p.g.max_ranks; ++r) {
-    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, uint32_t(Notice::kFailed));
+    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, NoticeOf(op.stamp, Notice::kFailed));
   }
 }
 
@@ -308,6 +308,22 @@ __device__ inline bool GaveUp(const Op& op, const Params& p, int peer) {
   return stamp && stamp >> kEpochShift == op.stamp >> kEpochShift && stamp <= op.stamp;
 }
 
+// True if the peer said, in this epoch, that it stopped.
+__device__ inline bool HasStopped(const Op& op, const Params& p, int peer) {
+  const uint32_t notice = LoadRelaxed(&p.control->notices[peer].notice);
+  return notice == NoticeOf(op.stamp, Notice::kLeft) || notice == NoticeOf(op.stamp, Notice::kFailed);
+}
+
+// True if the host ends the operation, which waits for `peer`. To be asked now and then: it takes a trip to the host.
+__device__ __noinline__ static bool StoppedByHost(Op& op, const Params& p, int peer) {
+  const auto stop = Stop(LoadRelaxed(&p.control->state.report->stop));
+  if (stop == Stop::kNo) return false;
+  op.bad = 1;
+  if (stop == Stop::kInterrupt) Fail(op, p, Failure::kInterrupted, peer);
+  return true;
+}
+inline constexpr int kPollsPerStop = 32;
+
 inline constexpr uint64_t kGraceNs = 1'000'000;  // far above the skew of the timer between blocks
 
 // Waits for one peer's message. One thread.
@@ -319,6 +335,7 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
   const uint64_t wanted = ((op.stamp & ((uint64_t(1) << kEpochShift) - 1)) + 1) / kBanks;
   const Signal* signal = &cell.signal;
   bool stopped = false;
+  int polls = 0;
   for (uint64_t first = 0;;) {
     const bool counted = !by_put || LoadAcquire(counter) >= wanted;
     const uint64_t tag = LoadRelaxed(&signal->tag), tokens = LoadRelaxed(&signal->num_tokens);
@@ -347,22 +364,24 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
       Fail(op, p, Failure::kPeerAhead, r);
       done = true;
     } else if (stopped) {  // and the message was still not there when looked for once more
-      const bool left = LoadRelaxed(&p.control->notices[r].notice) == uint32_t(Notice::kLeft);
+      const bool left = LoadRelaxed(&p.control->notices[r].notice) == NoticeOf(op.stamp, Notice::kLeft);
       Fail(op, p, left ? Failure::kPeerLeft : Failure::kPeerFailed, r);
       done = true;
     } else if (now >= op.deadline_ns + kGraceNs && DecideTimeout(op, p, r, true)) {
       op.live[r] = 0;
       if (!state.mask_late_peers) Fail(op, p, Failure::kTimedOut, r);
       done = true;
-    } else if (LoadRelaxed(&state.closing) || LoadRelaxed(&state.failed)) {
+    } else if (LoadRelaxed(&state.failed)) {
       op.bad = 1;
       done = true;
+    } else if (++polls % kPollsPerStop == 0) {
+      done = StoppedByHost(op, p, r);
     }
     if (done) {
       if (blockIdx.x == 0) state.counters[r].wait_ns += now - first;
       return;
     }
-    stopped = LoadRelaxed(&p.control->notices[r].notice) != 0;
+    stopped = HasStopped(op, p, r);
   }
 }
 
@@ -454,7 +473,8 @@ __device__ __noinline__ static void AwaitBankSlow(Op& op, const Params& p) {
     if (!op.live[r]) continue;
     const NoticeCell& cell = p.control->notices[r];
     while (LoadAcquire(&cell.finished) < op.stamp - kBanks) {
-      if (LoadRelaxed(&cell.notice) || LoadRelaxed(&state.closing) || Now() > deadline) {
+      if (StoppedByHost(op, p, r)) break;
+      if (HasStopped(op, p, r) || Now() > deadline) {
         Fail(op, p, Failure::kNotFinished, r);
         break;
       }
