@@ -58,6 +58,7 @@ void BindEndpoint(py::class_<E, std::shared_ptr<E>>& endpoint) {
       .def("peer_alive", &E::PeerAlive, py::arg("peer"), "False once a peer of this machine is known to be dead.")
       .def("shows_death", &E::ShowsDeath, py::arg("peer"), "Whether `peer_alive` would tell.")
       .def("failure", &E::Failure, "Why no operation can run until `activate`; '' if they can.")
+      .def("gave_up", &E::GaveUp, "Whether a member was given up since `activate`.")
       .def("close", &E::Close, Unlocked())
       .def(
           "health",

@@ -295,6 +295,7 @@ __device__ __noinline__ static bool DecideTimeout(Op& op, const Params& p, int p
   if (timed_out) {
     state.peers[peer].masked = op.stamp;
     state.counters[peer].timeouts += 1;
+    StoreRelaxed(&state.report->gave_up, 1u);
     // Before anything that the peer may be reading is overwritten.
     SetNotice(op, p, peer, &NoticeCell::given_up, op.stamp);
     __threadfence_system();
@@ -314,15 +315,18 @@ __device__ inline bool HasStopped(const Op& op, const Params& p, int peer) {
   return notice == NoticeOf(op.stamp, Notice::kLeft) || notice == NoticeOf(op.stamp, Notice::kFailed);
 }
 
-// True if the host ends the operation, which waits for `peer`. To be asked now and then: it takes a trip to the host.
-__device__ __noinline__ static bool StoppedByHost(Op& op, const Params& p, int peer) {
-  const auto stop = Stop(LoadRelaxed(&p.control->state.report->stop));
+// True if the host ends the operation, which waits for `peer`; else says whether it knows the peer to be dead. To be
+// asked now and then: it takes a trip to the host.
+__device__ __noinline__ static bool StoppedByHost(Op& op, const Params& p, int peer, bool& dead) {
+  const FailureReport& host = *p.control->state.report;
+  const auto stop = Stop(LoadRelaxed(&host.stop));
+  dead = LoadRelaxed(&host.dead[peer]) != 0;
   if (stop == Stop::kNo) return false;
   op.bad = 1;
   if (stop == Stop::kInterrupt) Fail(op, p, Failure::kInterrupted, peer);
   return true;
 }
-inline constexpr int kPollsPerStop = 32;
+inline constexpr int kPollsPerTrip = 32;
 
 inline constexpr uint64_t kGraceNs = 1'000'000;  // far above the skew of the timer between blocks
 
@@ -334,7 +338,7 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
   const uint64_t* counter = &cell.arrivals[(op.stamp >> kEpochShift) % kEpochSlots];
   const uint64_t wanted = ((op.stamp & ((uint64_t(1) << kEpochShift) - 1)) + 1) / kBanks;
   const Signal* signal = &cell.signal;
-  bool stopped = false;
+  bool stopped = false, dead = false;
   int polls = 0;
   for (uint64_t first = 0;;) {
     const bool counted = !by_put || LoadAcquire(counter) >= wanted;
@@ -367,15 +371,15 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
       const bool left = LoadRelaxed(&p.control->notices[r].notice) == NoticeOf(op.stamp, Notice::kLeft);
       Fail(op, p, left ? Failure::kPeerLeft : Failure::kPeerFailed, r);
       done = true;
-    } else if (now >= op.deadline_ns + kGraceNs && DecideTimeout(op, p, r, true)) {
+    } else if ((dead || now >= op.deadline_ns + kGraceNs) && DecideTimeout(op, p, r, true)) {
       op.live[r] = 0;
-      if (!state.mask_late_peers) Fail(op, p, Failure::kTimedOut, r);
+      if (!state.mask_late_peers) Fail(op, p, dead ? Failure::kPeerDead : Failure::kTimedOut, r);
       done = true;
     } else if (LoadRelaxed(&state.failed)) {
       op.bad = 1;
       done = true;
-    } else if (++polls % kPollsPerStop == 0) {
-      done = StoppedByHost(op, p, r);
+    } else if (++polls % kPollsPerTrip == 0) {
+      done = StoppedByHost(op, p, r, dead);
     }
     if (done) {
       if (blockIdx.x == 0) state.counters[r].wait_ns += now - first;
@@ -473,8 +477,9 @@ __device__ __noinline__ static void AwaitBankSlow(Op& op, const Params& p) {
     if (!op.live[r]) continue;
     const NoticeCell& cell = p.control->notices[r];
     while (LoadAcquire(&cell.finished) < op.stamp - kBanks) {
-      if (StoppedByHost(op, p, r)) break;
-      if (HasStopped(op, p, r) || Now() > deadline) {
+      bool dead = false;
+      if (StoppedByHost(op, p, r, dead)) break;
+      if (dead || HasStopped(op, p, r) || Now() > deadline) {
         Fail(op, p, Failure::kNotFinished, r);
         break;
       }

@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
+#include <future>
 #include <map>
 #include <utility>
 
@@ -84,8 +86,8 @@ int NumSms(int device) {
   return std::min(wanted, all);
 }
 
-// For a thread that connects; see Close.
-constexpr std::chrono::seconds kCloseTimeout{10};
+constexpr std::chrono::milliseconds kWatch{20};  // between two looks at whether the peers live
+constexpr std::chrono::seconds kViewTimeout{10};
 
 bool PointersAllowed() {
   const char* text = std::getenv("JAX_NIXLEP_P2P");
@@ -146,6 +148,7 @@ bool CudaEndpoint::MapPeer(int peer, int pid, int fd, uint64_t nonce) {
     if (std::memcmp(page->data(), &nonce, sizeof(nonce)) == 0) {
       std::lock_guard lock(mutex_);
       pages_.at(size_t(peer)) = std::move(page);
+      if (!watch_.joinable()) watch_ = std::jthread([this](std::stop_token stop) { Watch(stop); });
     }
   } catch (const std::runtime_error&) {  // another machine or container: its ids mean something else here
   }
@@ -156,6 +159,17 @@ bool CudaEndpoint::PeerAlive(int peer) const {
   std::lock_guard lock(mutex_);
   const auto& page = pages_.at(size_t(peer));
   return !page || page->OwnerAlive();
+}
+
+void CudaEndpoint::Watch(std::stop_token stop) {
+  while (!stop.stop_requested()) {
+    std::this_thread::sleep_for(kWatch);
+    std::lock_guard lock(mutex_);
+    for (size_t r = 0; r < pages_.size(); ++r) {
+      const bool dead = members_[r] && pages_[r] && !pages_[r]->OwnerAlive();
+      std::atomic_ref(host_->report.dead[r]).store(dead, std::memory_order_relaxed);
+    }
+  }
 }
 
 bool CudaEndpoint::ShowsDeath(int peer) const {
@@ -169,9 +183,14 @@ struct Place {
   int32_t device;
 };
 
+// NIXL waits without end for a rank that died while it was being connected.
+constexpr const char* kStuck = "endpoint: a rank died while it was being connected, which NIXL does not get over; this "
+                               "rank cannot connect to others any more: start it again";
+
 std::string CudaEndpoint::OpenNixl(const std::string& library, const std::string& name) {
   std::lock_guard connect(connect_);
   OnDevice current(device_);
+  if (stuck_) throw EpError(kStuck);
   if (!nixl_) {
     auto agent = std::make_unique<NixlAgent>(library, name, device_);
     const auto control = reinterpret_cast<std::byte*>(control_);
@@ -189,6 +208,7 @@ std::string CudaEndpoint::OpenNixl(const std::string& library, const std::string
 void CudaEndpoint::ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base, uint64_t nonce) {
   std::lock_guard connect(connect_);
   OnDevice current(device_);
+  if (stuck_) throw EpError(kStuck);
   Place place;
   if (metadata.size() <= sizeof(place)) throw EpError("endpoint: metadata must come from a peer's open_nixl");
   std::memcpy(&place, metadata.data(), sizeof(place));
@@ -248,7 +268,22 @@ std::shared_ptr<CudaEndpoint::Views> CudaEndpoint::MakeViews(Links links) {
   auto views = std::make_shared<Views>();
   views->links = std::move(links);
   views->nixl = nixl_.get();
-  views->remote = nixl_->RemoteView(rows);
+  std::promise<void*> made;
+  std::future<void*> remote = made.get_future();
+  std::thread([rows = std::move(rows), made = std::move(made), nixl = nixl_.get(), device = device_]() mutable {
+    try {
+      OnDevice current(device);
+      made.set_value(nixl->RemoteView(rows));
+    } catch (...) {
+      made.set_exception(std::current_exception());
+    }
+  }).detach();
+  if (remote.wait_for(kViewTimeout) != std::future_status::ready) {
+    stuck_ = true;
+    new Links(std::move(views->links));
+    throw EpError(kStuck);
+  }
+  views->remote = remote.get();
   Check(FindPointers(views->remote, 2 * R, host_->wanted, host_->pointers, background_),
         "looking for pointers to the peers");
   Check(cudaStreamSynchronize(background_), "looking for pointers to the peers");
@@ -268,7 +303,7 @@ void CudaEndpoint::Prepare(std::span<const int> members) {
   bool there = false;
   {
     std::lock_guard lock(mutex_);
-    if (closed_) return;
+    if (closed_ || stuck_) return;
     over.swap(retired_);
     const bool connected = std::all_of(members.begin(), members.end(),
                                        [&](int r) { return r == rank() || links_.at(size_t(r)) != nullptr; });
@@ -337,6 +372,7 @@ void CudaEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
     state.num_put_peers += !peer.pointer;
   }
   host_->report.code = uint32_t(cuda::Failure::kNone);
+  host_->report.gave_up = 0;
   std::atomic_ref(host_->report.stop).store(uint32_t(Stop::kNo));
   // Up to what is counted as long as the endpoint lives.
   Check(cudaMemcpyAsync(&control_->state, &state, offsetof(DeviceState, operations), cudaMemcpyHostToDevice, stream_),
@@ -380,7 +416,8 @@ void CudaEndpoint::Drain() {
 void CudaEndpoint::Close() {
   // Ends kernels that wait.
   std::atomic_ref(host_->report.stop).store(uint32_t(Stop::kClose));
-  std::unique_lock connect(connect_, kCloseTimeout);
+  if (watch_.joinable()) watch_.request_stop(), watch_.join();
+  std::lock_guard connect(connect_);
   std::lock_guard lock(mutex_);
   if (closed_) return;
   closed_ = true;
@@ -393,13 +430,13 @@ void CudaEndpoint::Close() {
     Check(cudaMemcpy(&control_->state.active, &zero, sizeof(zero), cudaMemcpyHostToDevice), "closing");
   }
   active_ = false;
-  if (connect) {
+  if (!stuck_) {
     views_.reset(), next_views_.reset();
     links_.assign(links_.size(), nullptr);
     retired_.clear();
     if (local_view_) nixl_->ReleaseView(local_view_);
     nixl_.reset();
-  } else {  // NIXL is stuck connecting to a rank that died: what it holds goes with the process
+  } else {  // what NIXL holds goes with the process
     for (auto* views : {&views_, &next_views_}) new std::shared_ptr<Views>(std::move(*views));
     new Links(std::move(links_));
     new std::vector<std::shared_ptr<void>>(std::move(retired_));
@@ -460,6 +497,8 @@ uint64_t CudaEndpoint::num_operations() const { return Read(control_->state.oper
 uint64_t CudaEndpoint::dropped_rows() const { return Read(control_->state.dropped_rows); }
 uint64_t CudaEndpoint::invalid_ids() const { return Read(control_->state.invalid_ids); }
 
+bool CudaEndpoint::GaveUp() const { return std::atomic_ref(host_->report.gave_up).load() != 0; }
+
 std::string CudaEndpoint::Failure() const {
   FailureReport& report = host_->report;
   const auto code = cuda::Failure(std::atomic_ref(report.code).load());
@@ -490,6 +529,8 @@ std::string CudaEndpoint::Failure() const {
       return what + "handle must be the one dispatch returned; got rows outside it; pass received.handle unchanged";
     case cuda::Failure::kOverwritten:
       return what + who + " went on while its data was read";
+    case cuda::Failure::kPeerDead:
+      return what + who + " is dead; check that rank's output";
     case cuda::Failure::kInterrupted:
       return what + "the members changed while it waited for " + who;
     default:

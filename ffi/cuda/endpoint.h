@@ -9,6 +9,7 @@
 #include <mutex>
 #include <span>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cuda/kernels.h"
@@ -61,6 +62,7 @@ class CudaEndpoint {
   uint16_t epoch() const { return epoch_; }
   // Why no operation can run any more; empty while all is well. Kernels cannot raise: the next call does.
   std::string Failure() const;
+  bool GaveUp() const;  // a member, since Activate; costs nothing
 
   // What the launches of one operation have in common. Throws EpError if none can run.
   Launch MakeLaunch(uint64_t tag, const RowFormat& format, int num_tokens, cudaStream_t stream) const;
@@ -90,6 +92,7 @@ class CudaEndpoint {
   // Under mutex_. Throws EpError if a member is not connected.
   Links LinksOf(std::span<const int> members) const;
   std::shared_ptr<Views> MakeViews(Links links);  // under connect_
+  void Watch(std::stop_token stop);               // tells kernels of peers that died
   const char* PathTo(int peer) const;             // under mutex_
   template <typename T>
   T Read(const T& field) const;  // `field`: an lvalue in *control_, whose address alone is used
@@ -109,9 +112,10 @@ class CudaEndpoint {
   cudaStream_t stream_ = nullptr, background_ = nullptr;
 
   // Held by what uses NIXL, and may take long. Before mutex_. Activate needs it only for peers that were not prepared.
-  std::timed_mutex connect_;
+  std::mutex connect_;
   std::unique_ptr<NixlAgent> nixl_;
   void* local_view_ = nullptr;
+  bool stuck_ = false;  // a view is being made, and may be for ever: NIXL is not to be called any more
 
   mutable std::mutex mutex_;  // for what follows and for stream_; not held while anything is waited for but copies
   Links links_;               // as of now
@@ -121,6 +125,7 @@ class CudaEndpoint {
   std::vector<std::shared_ptr<void>> retired_;     // links and views that nothing uses; Prepare ends them
   bool active_ = false, closed_ = false;
   uint16_t epoch_ = 0;
+  std::jthread watch_;
 };
 
 }  // namespace jax_nixlep::cuda

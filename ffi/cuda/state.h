@@ -70,6 +70,7 @@ enum class Failure : uint32_t {
   kOverwritten,  // a peer went on while its data was read
   kNotFinished,  // more than two operations were started and not finished
   kInterrupted,  // by the host
+  kPeerDead,
 };
 
 // What the host asks of kernels that wait.
@@ -85,7 +86,10 @@ struct FailureReport {
   uint64_t stamp, tag, other_tag;
   int32_t peer;
   uint32_t code;
-  uint32_t stop;  // Stop; written by the host
+  uint32_t gave_up;  // a peer was, in this epoch
+  // Written by the host.
+  uint32_t stop;  // Stop
+  uint32_t dead[kMaxRanks];
 };
 
 struct Control;

@@ -142,6 +142,10 @@ void Endpoint::Interrupt() {
   Ring(base());
 }
 
+bool Endpoint::GaveUp() const {
+  return std::any_of(peers_.begin(), peers_.end(), [](const auto& peer) { return peer->masked.load(); });
+}
+
 std::string Endpoint::Failure() const {
   std::lock_guard lock(failure_lock_);
   return interrupted_ && failure_.empty() ? "the members changed" : failure_;

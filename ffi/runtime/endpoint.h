@@ -97,6 +97,7 @@ class Endpoint {
   // --- Reading; any thread, any time. ---
   // Why no operation can run until the next Activate; empty if they can.
   std::string Failure() const;
+  bool GaveUp() const;  // a member, since Activate
   PeerHealth Health(int peer) const;
   uint64_t num_operations() const { return num_operations_.load(); }
   uint16_t epoch() const { return epoch_.load(); }
