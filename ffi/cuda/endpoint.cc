@@ -184,8 +184,9 @@ struct Place {
 };
 
 // NIXL waits without end for a rank that died while it was being connected.
-constexpr const char* kStuck = "endpoint: a rank died while it was being connected, which NIXL does not get over; this "
-                               "rank cannot connect to others any more: start it again";
+constexpr const char* kStuck =
+    "endpoint: a rank died while it was being connected, which NIXL does not get over; this "
+    "rank cannot connect to others any more: start it again";
 
 std::string CudaEndpoint::OpenNixl(const std::string& library, const std::string& name) {
   std::lock_guard connect(connect_);

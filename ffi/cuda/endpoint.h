@@ -121,8 +121,8 @@ class CudaEndpoint {
   Links links_;               // as of now
   std::vector<std::unique_ptr<SharedMemory>> pages_;
   std::vector<bool> members_;
-  std::shared_ptr<Views> views_, next_views_;      // of the kernels; ready for them
-  std::vector<std::shared_ptr<void>> retired_;     // links and views that nothing uses; Prepare ends them
+  std::shared_ptr<Views> views_, next_views_;   // of the kernels; ready for them
+  std::vector<std::shared_ptr<void>> retired_;  // links and views that nothing uses; Prepare ends them
   bool active_ = false, closed_ = false;
   uint16_t epoch_ = 0;
   std::jthread watch_;

@@ -100,8 +100,8 @@ class WeightSet:
         self._agent: _ffi.RegionAgent | None = None
 
     def arrays(self) -> dict[str, Any]:
-        """The nested dict of JAX arrays. On the CPU they use the region's memory itself; to a GPU they are copied, to the
-        end, before this returns."""
+        """The nested dict of JAX arrays. On the CPU they use the region's memory itself; on a GPU they are copies,
+        complete when this returns."""
         device = jax.local_devices()[0]
         put = {name: jax.device_put(view, device, may_alias=True) for name, view in self.views.items()}
         return unflatten(jax.block_until_ready(put))

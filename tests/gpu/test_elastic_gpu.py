@@ -1,4 +1,4 @@
-"""Elastic groups on a GPU, several ranks to each: what tests/test_elastic*.py asks of them on CPUs, by the same ranks."""
+"""Elastic groups on a GPU, several ranks to each: what tests/test_elastic*.py asks on CPUs, asked of the same ranks."""
 
 import json
 import os
