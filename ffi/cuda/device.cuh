@@ -243,6 +243,8 @@ __device__ __noinline__ static void Fail(Op& op, const Params& p, Failure why, i
   }
 }
 
+inline constexpr uint64_t kMercyNs = 150'000'000;  // _GRACE_S of elastic/boundary.py
+
 // Loads the operation. All threads of the block.
 __device__ inline void Begin(Op& op, const Params& p, bool sending) {
   const DeviceState& state = p.control->state;
@@ -271,10 +273,11 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending) {
     const uint64_t overlapped = op.bank ? overlapped1 : overlapped0;
     op.deadline_ns = begun + timeout_ns;
     op.num_put_peers = int(state.num_put_peers);
-    // A peer began this operation after this rank began the one before, and gives up a timeout later. Half of it leaves
-    // room for clocks. With two operations in flight the other bank is of the one after.
+    // A peer began this operation after this rank began the one before, and gives up a timeout later, or is told to by
+    // the others, who give a rank kMercyNs. Half of it leaves room for clocks. With two operations in flight the other
+    // bank is of the one after.
     op.overlaps = sending ? finished != started : started != op.stamp;
-    op.safe_until_ns = op.overlaps ? 0 : other_begun + timeout_ns / 2;
+    op.safe_until_ns = op.overlaps ? 0 : other_begun + min(timeout_ns, kMercyNs) / 2;
     op.wait_for_bank = (overlapped != 0) & (overlapped == op.stamp - kBanks);
     op.flag = 0;
   }
@@ -399,8 +402,9 @@ __device__ inline void AwaitAll(Op& op, const Params& p) {
       const uint64_t tag = LoadRelaxed(&signal.tag), tokens = LoadRelaxed(&signal.num_tokens);
       const uint64_t check = LoadRelaxed(&signal.check), given_up = LoadRelaxed(&p.control->notices[r].given_up);
       const uint64_t stamp = LoadAcquire(&signal.stamp);
-      if ((stamp == op.stamp) & (check == Signal::Check(0, stamp, tag, tokens)) & (tag == p.tag) & (given_up == 0) &
-          (tokens <= uint64_t(p.g.max_tokens)) & (op.pointer[r] != nullptr) & (Now() < op.deadline_ns)) {
+      if ((stamp == op.stamp) & (check == Signal::Check(0, stamp, tag, tokens)) & (tag == p.tag) &
+          ((given_up ^ op.stamp) >> kEpochShift != 0) & (tokens <= uint64_t(p.g.max_tokens)) &
+          (op.pointer[r] != nullptr) & (Now() < op.deadline_ns)) {
         op.tokens[r] = int(tokens);
       } else {
         AwaitPeer(op, p, r);

@@ -21,7 +21,7 @@ struct HostBlock {
   DeviceState to_write;
   PeerEntry peer;
   PeerCounters counters;
-  uint64_t word;
+  uint64_t word, given_up;
   uint32_t wanted[2 * kMaxRanks];
   std::byte* pointers[2 * kMaxRanks];
 };
@@ -343,6 +343,16 @@ void CudaEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
   const bool alone = wanted == Links(wanted.size());
 
   std::lock_guard lock(mutex_);
+  // Who is out, and perhaps does not know it, may still be reading what this rank is about to overwrite.
+  host_->given_up = uint64_t(epoch_) << kEpochShift | 1;
+  for (int r = 0; r < R; ++r) {
+    if (!members_[size_t(r)] || r == rank() || std::find(members.begin(), members.end(), r) != members.end()) continue;
+    auto* control = reinterpret_cast<Control*>(views_->pointers[size_t(ControlRow(r, R))]);
+    if (!control) continue;  // it reads its own memory only
+    Check(cudaMemcpyAsync(&control->notices[rank()].given_up, &host_->given_up, sizeof(host_->given_up),
+                          cudaMemcpyHostToDevice, stream_),
+          "telling a rank that it is out");
+  }
   if (alone) {
     retired_.push_back(std::exchange(views_, nullptr));
   } else if ((next_views_ && next_views_->links == wanted) || (serves(next_views_) && !serves(views_))) {
