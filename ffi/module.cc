@@ -123,5 +123,6 @@ PYBIND11_MODULE(_host, m) {
       .def_property_readonly("dropped_rows", [](const Endpoint& e) { return e.dropped_rows.load(); })
       .def_property_readonly("invalid_ids", [](const Endpoint& e) { return e.invalid_ids.load(); });
   BindEndpoint(endpoint);
+  BindElastic(endpoint);
   BindSetEndpoint<Endpoint>(m);
 }

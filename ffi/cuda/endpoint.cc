@@ -87,7 +87,7 @@ int NumSms(int device) {
 }
 
 constexpr std::chrono::milliseconds kWatch{20};  // between two looks at whether the peers live
-constexpr std::chrono::seconds kViewTimeout{10};
+constexpr std::chrono::seconds kViewTimeout{30};
 
 bool PointersAllowed() {
   const char* text = std::getenv("JAX_NIXLEP_P2P");
@@ -148,7 +148,7 @@ bool CudaEndpoint::MapPeer(int peer, int pid, int fd, uint64_t nonce) {
     if (std::memcmp(page->data(), &nonce, sizeof(nonce)) == 0) {
       std::lock_guard lock(mutex_);
       pages_.at(size_t(peer)) = std::move(page);
-      if (!watch_.joinable()) watch_ = std::jthread([this](std::stop_token stop) { Watch(stop); });
+      if (!closed_ && !watch_.joinable()) watch_ = std::jthread([this](std::stop_token stop) { Watch(stop); });
     }
   } catch (const std::runtime_error&) {  // another machine or container: its ids mean something else here
   }
@@ -183,10 +183,11 @@ struct Place {
   int32_t device;
 };
 
-// NIXL waits without end for a rank that died while it was being connected.
+// NIXL waits without end for a rank that dies while it is being connected.
 constexpr const char* kStuck =
-    "endpoint: a rank died while it was being connected, which NIXL does not get over; this "
-    "rank cannot connect to others any more: start it again";
+    "endpoint: a rank that is being connected must answer; got none for 30 s, and NIXL waits on; start this rank "
+    "again, "
+    "it cannot connect to others any more";
 
 std::string CudaEndpoint::OpenNixl(const std::string& library, const std::string& name) {
   std::lock_guard connect(connect_);
@@ -281,7 +282,7 @@ std::shared_ptr<CudaEndpoint::Views> CudaEndpoint::MakeViews(Links links) {
   }).detach();
   if (remote.wait_for(kViewTimeout) != std::future_status::ready) {
     stuck_ = true;
-    new Links(std::move(views->links));
+    new Links(std::move(views->links));  // stays: ending a connection would wait, too
     throw EpError(kStuck);
   }
   views->remote = remote.get();
@@ -403,6 +404,7 @@ void CudaEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
 }
 
 void CudaEndpoint::Interrupt() {
+  if (closed_) return;
   uint32_t expected = uint32_t(Stop::kNo);
   std::atomic_ref(host_->report.stop).compare_exchange_strong(expected, uint32_t(Stop::kInterrupt));
 }
@@ -425,13 +427,15 @@ void CudaEndpoint::Drain() {
 }
 
 void CudaEndpoint::Close() {
-  // Ends kernels that wait.
-  std::atomic_ref(host_->report.stop).store(uint32_t(Stop::kClose));
+  {
+    std::lock_guard lock(mutex_);
+    if (closed_) return;
+    closed_ = true;
+    std::atomic_ref(host_->report.stop).store(uint32_t(Stop::kClose));  // ends kernels that wait
+  }
   if (watch_.joinable()) watch_.request_stop(), watch_.join();
   std::lock_guard connect(connect_);
   std::lock_guard lock(mutex_);
-  if (closed_) return;
-  closed_ = true;
   OnDevice current(device_);
   const uint32_t zero = 0;
   if (active_) {
@@ -508,9 +512,10 @@ uint64_t CudaEndpoint::num_operations() const { return Read(control_->state.oper
 uint64_t CudaEndpoint::dropped_rows() const { return Read(control_->state.dropped_rows); }
 uint64_t CudaEndpoint::invalid_ids() const { return Read(control_->state.invalid_ids); }
 
-bool CudaEndpoint::GaveUp() const { return std::atomic_ref(host_->report.gave_up).load() != 0; }
+bool CudaEndpoint::GaveUp() const { return !closed_ && std::atomic_ref(host_->report.gave_up).load() != 0; }
 
 std::string CudaEndpoint::Failure() const {
+  if (closed_) return "";
   FailureReport& report = host_->report;
   const auto code = cuda::Failure(std::atomic_ref(report.code).load());
   if (code == cuda::Failure::kNone) {

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -123,8 +124,9 @@ class CudaEndpoint {
   std::vector<bool> members_;
   std::shared_ptr<Views> views_, next_views_;   // of the kernels; ready for them
   std::vector<std::shared_ptr<void>> retired_;  // links and views that nothing uses; Prepare ends them
-  bool active_ = false, closed_ = false;
+  bool active_ = false;
   uint16_t epoch_ = 0;
+  std::atomic<bool> closed_{false};  // the control block and host_ may be another endpoint's
   std::jthread watch_;
 };
 
