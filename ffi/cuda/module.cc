@@ -78,6 +78,6 @@ PYBIND11_MODULE(_cuda, m) {
       .def_property_readonly("num_bytes", [](const CudaEndpoint& e) { return e.num_bytes() + sizeof(cuda::Control); })
       .def_property_readonly("dropped_rows", &CudaEndpoint::dropped_rows)
       .def_property_readonly("invalid_ids", &CudaEndpoint::invalid_ids);
-  BindEndpoint(endpoint);
   BindElastic(endpoint);
+  BindEndpoint(endpoint);
 }
