@@ -78,8 +78,7 @@ def cuda_built() -> bool:
 
 
 def make_endpoint(device: jax.Device, **options: Any) -> Endpoint:
-    """The endpoint of a rank on `device`; keywords as `Endpoint`. Endpoints of all platforms look alike, except
-    that those of GPUs lack what elastic groups need.
+    """The endpoint of a rank on `device`; keywords as `Endpoint`. Endpoints of all platforms look alike.
 
     Raises:
       RuntimeError: there is no module for the device's platform.

@@ -868,7 +868,7 @@ __global__ void NotifyKernel(const __grid_constant__ Params p, Notice notice) {
   __shared__ Op op;
   Begin(op, p, /*sending=*/true);
   for (int r = 0; r < p.g.max_ranks; ++r) {
-    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, uint32_t(notice));
+    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, NoticeOf(op.stamp, notice));
   }
 }
 
