@@ -118,6 +118,7 @@ def test_a_folder_of_hugging_face_has_bounds(mixtral):
         ("train_lm.py", ["--ranks", "3"], "--ranks must divide"),
         ("train_lm.py", ["--steps", "0"], "--steps must be at least 1"),
         ("generate.py", ["--checkpoint", "nowhere"], "--checkpoint must exist"),
+        ("generate.py", ["--gpus", "0"], "--gpus must be at least 1; got 0; leave it out to run on CPUs"),
     ],
 )
 def test_bad_options_are_refused(script, options, words):

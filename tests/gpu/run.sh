@@ -35,7 +35,7 @@ if [[ $steps == *sanitizer* ]]; then
 fi
 
 if [[ $steps == *chain* ]]; then
-  for buffers in graphs plain; do timeout 60 python3 tests/gpu/chain.py $buffers 2>&1 | tail -1; done | tee "$OUT/chain.txt"
+  for buffers in graphs plain; do timeout 60 python3 tests/gpu/chain.py $buffers 2>&1 | grep ^chain; done | tee "$OUT/chain.txt"
 fi
 
 if [[ $steps == *phases* ]]; then
