@@ -259,8 +259,8 @@ def text(kind: str, row: dict[str, Any]) -> str:
         return words + "; no profile of kernels"
     ours = row["profile"]["nixlep"]
     return (
-        f"{words}; our kernels {ours['ours_us']:.0f} us ({ours['ours_share']:.1%}), {ours['ours_us_per_op']:.1f} us per "
-        f"operation; all kernels {ours['kernels_us']:.0f} us, gap {ours['gap_us']:.0f} us; idle beside ours in the "
+        f"{words}; our kernels {ours['ours_us']:.0f} us ({ours['ours_share']:.1%}), {ours['ours_us_per_op']:.1f} us per"
+        f" operation; all kernels {ours['kernels_us']:.0f} us, gap {ours['gap_us']:.0f} us; idle beside ours in the "
         f"profile {ours['ours_idle_us_per_op']:.1f} us per operation; {row['handler_calls']} handler calls"
     )
 

@@ -61,6 +61,6 @@ if not kernels:
     sys.exit(f"chain {sys.argv[1]}: the profiler saw no kernels on this machine")
 ours, all_us, idle = (value / operations for value in (used.ours_us, used.busy_us, used.idle_us))
 print(
-    f"chain {sys.argv[1]}: of it {used.ours / operations:.2f} kernels of ours {ours:.1f} us, others {all_us - ours:.1f} us,"
-    f" gap {us - all_us:.1f} us; idle in the profile {idle:.1f} us"
+    f"chain {sys.argv[1]}: of it {used.ours / operations:.2f} kernels of ours {ours:.1f} us, others {all_us - ours:.1f}"
+    f" us, gap {us - all_us:.1f} us; idle in the profile {idle:.1f} us"
 )
