@@ -5,13 +5,14 @@ Imports no jax: the test process must stay free to choose its own devices.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import multiprocessing
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax_nixlep.store.tcp import StoreServer
@@ -43,9 +44,10 @@ class RankPool:
         self._pipes, self._processes = [], []
         for rank in range(num_ranks):
             ours, theirs = context.Pipe()
-            arguments = (theirs, rank, num_ranks, self._server.url, dict(env or {}), list(sys.path))
+            arguments = (theirs, rank, num_ranks, self._server.url, list(sys.path))
             process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
+            with _environment(rank, env or {}):
+                process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -127,11 +129,22 @@ class Job:
         return jax_nixlep.initialize(config, **options)
 
 
-def _serve(pipe, rank: int, num_ranks: int, store: str, env: dict[str, str], path: list[str]) -> None:
+@contextlib.contextmanager
+def _environment(rank: int, env: dict[str, str]) -> Iterator[None]:
+    """That of a process that is started now: it reads its own before it can be told anything, as jax is imported."""
+    before = dict(os.environ)
     os.environ.pop("NPROC", None)
     os.environ.update({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"} | env)
     if num_gpus := int(env.get("JAX_NIXLEP_TEST_GPUS", 0)):
         os.environ["JAX_CUDA_VISIBLE_DEVICES"] = str(rank % num_gpus)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _serve(pipe, rank: int, num_ranks: int, store: str, path: list[str]) -> None:
     sys.path[:] = path
     job = Job(rank, num_ranks, store)
     while True:
