@@ -14,6 +14,7 @@ One rank has no peer to wait for: this is what the layer costs beside its expert
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import json
 import os
@@ -25,8 +26,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if "--gpu" in sys.argv:
+if "--gpu" in sys.argv:  # our operations are captured even where XLA finds few others to capture with them
     os.environ["JAX_PLATFORMS"] = "cuda"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_graph_min_graph_size=1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -38,7 +40,7 @@ from moe_decoder.decoder import Decoder, Layout, empty_cache
 
 import jax_nixlep as nx
 from jax_nixlep import _ffi
-from jax_nixlep.bench_kernels import kernels_of, usage
+from jax_nixlep.bench_kernels import Kernel, kernels_of, usage
 from jax_nixlep.experts import grouped_mlp
 from jax_nixlep.flax.nnx import NixlEpMoE
 from jax_nixlep.moe import MoeAux
@@ -152,6 +154,14 @@ def launches() -> int:
     return _ffi._cuda.num_launches() if _ffi.cuda_built() and jax.default_backend() == "gpu" else 0
 
 
+def longest(kernels: list[Kernel], count: int = 8) -> dict[str, float]:
+    """Microseconds of the kernels that took most, by name."""
+    total: collections.Counter[str] = collections.Counter()
+    for kernel in kernels:
+        total[kernel.name.partition("(")[0][:80]] += kernel.duration_ns / 1e3
+    return dict(total.most_common(count))
+
+
 def compare(timed: dict[str, Timed], count: int, operations: int) -> dict[str, Any]:
     """Times both kinds in turn, and what the kernels of "nixlep", with so many operations of ours, take of it."""
     for program in timed.values():
@@ -174,13 +184,15 @@ def compare(timed: dict[str, Timed], count: int, operations: int) -> dict[str, A
     }
     traced = max(1, count // ROUNDS)
     for name, program in timed.items():
-        used = usage(kernels_of(lambda program=program: program.run(traced)))
+        kernels = kernels_of(lambda program=program: program.run(traced))
+        used = usage(kernels)
         if not used.kernels:
             row["profile"] = None  # on a CPU, or where nobody may trace the GPU
             break
         busy_us, ours_us = used.busy_us / traced, used.ours_us / traced
         found = {"kernels": used.kernels / traced, "kernels_us": busy_us, "idle_us": used.idle_us / traced}
         found["gap_us"] = us[name] - busy_us
+        found["longest_us"] = {kernel: total / traced for kernel, total in longest(kernels).items()}
         if name == "nixlep":
             found |= {
                 "ours_kernels": used.ours / traced,
@@ -281,6 +293,7 @@ def main() -> None:
         "settings": {name: value for name, value in vars(args).items() if name != "json"},
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "decode": [],
         "layer": [],
     }
