@@ -48,6 +48,7 @@ from jax_nixlep.placement import identity_placement, to_slots
 from jax_nixlep.router import route
 
 ROUNDS = 4  # the programs take turns, so that a busy machine disturbs both alike
+TRACED = 10  # calls under the profiler
 CHAIN = 8  # layers in one program, where the layer is measured by itself
 
 
@@ -75,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {
         "layers": 16, "hidden": 2048, "experts": 64, "top-k": 8, "expert-dim": 768, "heads": 32, "kv-heads": 4,
-        "head-dim": 128, "vocab": 151936, "length": 1024, "steps": 40,
+        "head-dim": 128, "vocab": 151936, "length": 1024, "steps": 200,
     }  # fmt: skip
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"({value})")
@@ -124,11 +125,24 @@ def draw(state: Any) -> Any:
     return tree.unflatten([drawn(i, leaf.shape, str(leaf.dtype)) for i, leaf in enumerate(leaves)])
 
 
-def split(decoder: Decoder, local: bool) -> tuple[Any, Any]:
-    """As a program's static part and the shapes of its parameters, which are the same for both kinds."""
+def ep_config(args: argparse.Namespace, tokens: int) -> nx.EpConfig:
+    """Of one rank with all experts. It has rows for all choices of `tokens`, and no more."""
+    return nx.EpConfig(
+        max_ranks=1,
+        experts_per_rank=args.experts,
+        max_tokens_per_rank=tokens,
+        hidden=args.hidden,
+        top_k=args.top_k,
+        dtype=args.dtype,
+    )
+
+
+def abstract(args: argparse.Namespace, config: ModelConfig, ep: nx.EpConfig, local: bool = False) -> Decoder:
+    """The decoder without values, with dispatch and combine or `LocalMoe`; both have the same parameters."""
+    decoder = nnx.eval_shape(lambda: Decoder(config, ep, Layout(dtype=args.dtype), nnx.Rngs(0)))
     for layer in decoder.layers if local else ():
         layer.moe.__class__ = LocalMoe
-    return nnx.split(decoder)
+    return decoder
 
 
 class Timed:
@@ -158,7 +172,8 @@ def longest(kernels: list[Kernel], count: int = 8) -> dict[str, float]:
     """Microseconds of the kernels that took most, by name."""
     total: collections.Counter[str] = collections.Counter()
     for kernel in kernels:
-        total[kernel.name.partition("(")[0][:80]] += kernel.duration_ns / 1e3
+        name = kernel.name.replace("(anonymous namespace)::", "").removeprefix("void ")
+        total[name.partition("(")[0][:80]] += kernel.duration_ns / 1e3
     return dict(total.most_common(count))
 
 
@@ -166,13 +181,11 @@ def compare(timed: dict[str, Timed], count: int, operations: int) -> dict[str, A
     """Times both kinds in turn, and what the kernels of "nixlep", with so many operations of ours, take of it."""
     for program in timed.values():
         jax.block_until_ready(program.run(3))
-    before = launches()
-    timed["nixlep"].run(1)
-    handlers = launches() - before
+    before, count = launches(), max(1, count // ROUNDS)
     samples: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(ROUNDS):
         for name, program in timed.items():
-            samples[name].append(program.seconds(max(1, count // ROUNDS)))
+            samples[name].append(program.seconds(count))
     us = {name: statistics.median(values) * 1e6 for name, values in samples.items()}
     row: dict[str, Any] = {
         "us": us["nixlep"],
@@ -180,9 +193,9 @@ def compare(timed: dict[str, Timed], count: int, operations: int) -> dict[str, A
         "overhead": us["nixlep"] / us["local"] - 1,
         "operations": operations,
         "difference_us_per_op": (us["nixlep"] - us["local"]) / operations,
-        "handler_calls": handlers,  # 0: a command buffer was replayed
+        "handler_calls": (launches() - before) / (count * ROUNDS),  # none where a command buffer is replayed
     }
-    traced = max(1, count // ROUNDS)
+    traced = min(count, TRACED)
     for name, program in timed.items():
         kernels = kernels_of(lambda program=program: program.run(traced))
         used = usage(kernels)
@@ -205,12 +218,11 @@ def compare(timed: dict[str, Timed], count: int, operations: int) -> dict[str, A
     return row
 
 
-def decode(args: argparse.Namespace, config: ModelConfig, ep: nx.EpConfig, state: Any, batch: int) -> dict[str, Any]:
-    layout = Layout(dtype=args.dtype)
+def decode(args: argparse.Namespace, config: ModelConfig, state: Any, ep: nx.EpConfig, batch: int) -> dict[str, Any]:
     placement = identity_placement(args.experts, [0], args.experts)
     timed, logits = {}, {}
     for name in ("nixlep", "local"):
-        graph, _ = split(nnx.eval_shape(lambda: Decoder(config, ep, layout, nnx.Rngs(0))), name == "local")
+        graph, _ = nnx.split(abstract(args, config, ep, name == "local"))
 
         @functools.partial(jax.jit, donate_argnums=(3,))
         def step(params, placement, carried, cache, graph=graph):
@@ -224,7 +236,10 @@ def decode(args: argparse.Namespace, config: ModelConfig, ep: nx.EpConfig, state
             return out, carried
 
         tokens = jnp.arange(batch, dtype=jnp.int32)[:, None] % config.vocab_size
-        begin = [(tokens, jnp.zeros(batch, jnp.int32)), empty_cache(config, layout, batch, args.length)]
+        begin = [
+            (tokens, jnp.zeros(batch, jnp.int32)),
+            empty_cache(config, Layout(dtype=args.dtype), batch, args.length),
+        ]
         timed[name] = Timed(advance, begin)
         print(f"decode: compiling batch {batch}, {name} ...", file=sys.stderr, flush=True)
         logits[name] = timed[name].run(1)
@@ -257,7 +272,7 @@ def layer(args: argparse.Namespace, config: ModelConfig, ep: nx.EpConfig, tokens
         print(f"layer: compiling {tokens} tokens, {name} ...", file=sys.stderr, flush=True)
         results[name] = timed[name].run(1).astype(jnp.float32)
     difference = jnp.abs(results["nixlep"] - results["local"]).max() / jnp.abs(results["local"]).max()
-    row = {"tokens": tokens, "layers": CHAIN} | compare(timed, args.steps, 2 * CHAIN)
+    row = {"tokens": tokens, "layers": CHAIN} | compare(timed, args.steps // CHAIN, 2 * CHAIN)
     return row | {"max_relative_difference": float(difference)}
 
 
@@ -273,22 +288,13 @@ def text(kind: str, row: dict[str, Any]) -> str:
     return (
         f"{words}; our kernels {ours['ours_us']:.0f} us ({ours['ours_share']:.1%}), {ours['ours_us_per_op']:.1f} us per"
         f" operation; all kernels {ours['kernels_us']:.0f} us, gap {ours['gap_us']:.0f} us; idle beside ours in the "
-        f"profile {ours['ours_idle_us_per_op']:.1f} us per operation; {row['handler_calls']} handler calls"
+        f"profile {ours['ours_idle_us_per_op']:.1f} us per operation; {row['handler_calls']:.1f} handler calls"
     )
 
 
 def main() -> None:
     args = parse_args()
     config = model_config(args)
-    ep = nx.EpConfig(
-        max_ranks=1,
-        experts_per_rank=args.experts,
-        max_tokens_per_rank=max(args.batch + args.tokens),
-        hidden=args.hidden,
-        top_k=args.top_k,
-        dtype=args.dtype,
-    )
-    nx.initialize(ep, rank=0, members=[0])
     result: dict[str, Any] = {
         "settings": {name: value for name, value in vars(args).items() if name != "json"},
         "device": jax.devices()[0].device_kind,
@@ -298,19 +304,22 @@ def main() -> None:
         "layer": [],
     }
 
-    def report(kind: str, row: dict[str, Any]) -> None:
+    def measure(kind: str, function: Callable[..., dict[str, Any]], size: int) -> None:
+        ep = ep_config(args, size)
+        nx.initialize(ep, rank=0, members=[0])
+        row = function(ep, size)
+        nx.shutdown()
         result[kind].append(row)
         print(text(kind, row), flush=True)
         if args.json:  # after each: what comes later may take too long
             args.json.write_text(json.dumps(result, indent=1) + "\n")
 
-    for tokens in args.tokens:
-        report("layer", layer(args, config, ep, tokens))
-    _, shapes = split(nnx.eval_shape(lambda: Decoder(config, ep, Layout(dtype=args.dtype), nnx.Rngs(0))), False)
-    state = draw(shapes)
+    state = draw(nnx.split(abstract(args, config, ep_config(args, 1)))[1])
     for batch in args.batch:
-        report("decode", decode(args, config, ep, state, batch))
-    nx.shutdown()
+        measure("decode", functools.partial(decode, args, config, state), batch)
+    del state
+    for tokens in args.tokens:
+        measure("layer", functools.partial(layer, args, config), tokens)
 
 
 if __name__ == "__main__":

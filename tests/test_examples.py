@@ -135,7 +135,7 @@ def test_the_decode_benchmark_compares_equal_programs(tmp_path):
         ("generate.py", ["--checkpoint", "nowhere"], "--checkpoint must exist"),
         ("bench_decode.py", ["--batch", "0"], "--batch must be at least 1; got [0]"),
         ("bench_decode.py", ["--top-k", "65"], "--top-k must be at most --experts"),
-        ("bench_decode.py", ["--length", "80"], "--length must be at least 88; got 80; raise it, or lower --steps"),
+        ("bench_decode.py", ["--length", "80"], "--length must be at least 408; got 80; raise it, or lower --steps"),
         ("generate.py", ["--gpus", "0"], "--gpus must be at least 1; got 0; leave it out to run on CPUs"),
     ],
 )
