@@ -136,7 +136,7 @@ def test_own_shard_map(on_all_gpus):
 def test_distributed_mesh(num_ranks):
     """Processes of one jax.distributed job; where they share a GPU there can be no NCCL, so the forward pass only."""
     program = Path(__file__).parent / "distributed.py"
-    command = [sys.executable, "-m", "jax_nixlep.launch", "-n", num_ranks, "--gpus", NUM_GPUS, "--timeout", 80, program]
+    command = [sys.executable, "-m", "jax_nixlep.launch", "-n", num_ranks, "--gpus", NUM_GPUS, "--timeout", 75, program]
     path = os.pathsep.join([str(Path(test_moe.__file__).parent), os.environ.get("PYTHONPATH", "")])
     env = child_env(
         PYTHONPATH=path,
@@ -144,7 +144,7 @@ def test_distributed_mesh(num_ranks):
         JAX_DEFAULT_MATMUL_PRECISION="highest",
         UCX_LOG_LEVEL="error",
     )
-    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=85, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert done.stdout.count("groups of 2 over pointer: right") == num_ranks, done.stdout
 
