@@ -12,6 +12,7 @@ from jax_nixlep import _ffi, _order, quant
 from jax_nixlep._check import check_dispatch
 from jax_nixlep._vary import vary
 from jax_nixlep.config import EpConfig
+from jax_nixlep.nixl_ep import packed
 from jax_nixlep.routing import Handle, Received, Status
 
 
@@ -79,6 +80,9 @@ def dispatch(
       ValueError, TypeError: at trace time, naming the argument, what it must be, what it is and what to do.
       jax.errors.JaxRuntimeError: when the program runs: a peer that is late, dead or runs another operation is named.
     """
+    if _ffi.kernels() == "nixl_ep":
+        check_dispatch(x, scales, expert_ids, weights, config, dequantize, recv_capacity)
+        return packed.dispatch(x, scales, expert_ids, weights, config, after, dequantize, recv_capacity)
     spec, operands = dispatch_call(x, scales, expert_ids, weights, config, after, dequantize, recv_capacity)
     out = _dispatch(spec, *operands)
     tokens, row_scales, row_weights, group_sizes, demand, clean_ids, row_of, peers, dropped, invalid_ids, order = out

@@ -86,7 +86,7 @@ def test_operations_lower_to_the_handlers_of_cuda():
         "dispatch", "combine", "redispatch", "dispatch_start", "dispatch_finish", "combine_start", "combine_finish",
     }  # fmt: skip
     if _ffi.cuda_built():
-        assert emitted | {"mark"} == set(_ffi._cuda.handlers())
+        assert emitted | {"mark", "nixl_ep_dispatch", "nixl_ep_combine"} == set(_ffi._cuda.handlers())
 
 
 def test_profilers_see_names():
