@@ -13,9 +13,6 @@ namespace jax_nixlep::cuda {
 inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 inline constexpr int kWarp = 32;
 
-// Keeps what follows out of the way of the code that is always run.
-__device__ inline bool Rarely(bool condition) { return __builtin_expect(condition, 0); }
-
 // --- Memory ---
 
 __device__ inline uint64_t LoadAcquire(const uint64_t* p) {
@@ -143,13 +140,13 @@ __device__ inline void Pack(Words<kWords>& out, const float (&in)[kCount]) {
   }
 }
 
-// Division by a number that the host knows; exact while the product of both is below 2^31.
+// Division by a number that the host knows; exact while the product of both is below 2^32.
 struct Divisor {
-  uint32_t value = 1, reciprocal = 1u << 31;
+  uint32_t value = 1, reciprocal = 0;
 
   Divisor() = default;
-  explicit Divisor(uint32_t d) : value(d), reciprocal(uint32_t(((uint64_t(1) << 31) + d - 1) / d)) {}
-  __device__ int Quotient(int n) const { return int(__umulhi(uint32_t(n) * 2, reciprocal)); }
+  explicit Divisor(uint32_t d) : value(d), reciprocal(d > 1 ? uint32_t(((uint64_t(1) << 32) + d - 1) / d) : 0) {}
+  __device__ int Quotient(int n) const { return reciprocal ? int(__umulhi(uint32_t(n), reciprocal)) : n; }
 };
 
 // --- One block's view of an operation. ---
@@ -164,7 +161,6 @@ struct Params {
   int32_t granules;  // of a row
   Divisor segments;  // of a row: what one warp handles at a time
   Divisor tokens;    // max_tokens
-  Divisor choices;   // top_k
   int32_t value_bytes, scale_bytes, wire_bytes, row_bytes;
   uint32_t ue8m0, round_scale;
 };
@@ -252,7 +248,6 @@ inline constexpr uint64_t kMercyNs = 150'000'000;  // _GRACE_S of elastic/bounda
 // Loads the operation. All threads of the block.
 __device__ inline void Begin(Op& op, const Params& p, bool sending) {
   const DeviceState& state = p.control->state;
-#pragma unroll 1
   for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
     const PeerEntry& peer = state.peers[r];
     if (!sending) Prefetch(&p.control->signals[0][r]), Prefetch(&p.control->signals[1][r]);
@@ -400,7 +395,6 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
 // Waits for all live members. All threads of the block; on return `live`, `tokens` and `bad` are settled.
 __device__ inline void AwaitAll(Op& op, const Params& p) {
   if (!op.bad) {
-#pragma unroll 1
     for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
       if (!op.live[r]) continue;
       // The common case first, and short: code has to be fetched, too.
@@ -483,7 +477,6 @@ __device__ __noinline__ static void SignalByPut(const Op& op, const Params& p, i
 __device__ __noinline__ static void AwaitBankSlow(Op& op, const Params& p) {
   const DeviceState& state = p.control->state;
   const uint64_t deadline = Now() + state.timeout_ns;
-#pragma unroll 1
   for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
     if (!op.live[r]) continue;
     const NoticeCell& cell = p.control->notices[r];
@@ -500,7 +493,7 @@ __device__ __noinline__ static void AwaitBankSlow(Op& op, const Params& p) {
 }
 
 __device__ inline void AwaitBank(Op& op, const Params& p) {
-  if (Rarely(op.wait_for_bank && !op.bad)) AwaitBankSlow(op, p);
+  if (op.wait_for_bank && !op.bad) AwaitBankSlow(op, p);
 }
 
 // Counts the blocks that have read the state; EndSend uses the answer, by when it has arrived.
@@ -525,16 +518,15 @@ __device__ inline void EndSend(const Op& op, const Params& p, uint32_t head, uin
 
 // After the last read of a receiving half. False: a peer whose data was read has gone on, so that it may have been
 // overwritten. All threads.
-__device__ __noinline__ static bool EndReceive(Op& op, const Params& p, bool pulled) {
+__device__ inline bool EndReceive(Op& op, const Params& p, bool pulled) {
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     if (p.order) *p.order = 0;
     p.control->state.finished = op.stamp;
   }
-  if (Rarely(op.bad)) return true;
+  if (op.bad) return true;
   if (pulled) {
     __syncthreads();
     bool gave_up = false;
-#pragma unroll 1
     for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
       if (r == op.rank || !op.live[r] || Now() < op.safe_until_ns || !GaveUp(op, p, r)) continue;
       Fail(op, p, Failure::kOverwritten, r);
@@ -542,13 +534,11 @@ __device__ __noinline__ static bool EndReceive(Op& op, const Params& p, bool pul
     }
     if (__syncthreads_or(gave_up)) return false;
   }
-  if (Rarely(op.overlaps) && IsLast(op, &p.control->state.tails, gridDim.x)) {
-#pragma unroll 1
+  if (op.overlaps && IsLast(op, &p.control->state.tails, gridDim.x)) {
     for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
       if (r == op.rank) StoreRelease(&p.control->notices[r].finished, op.stamp);
     }
     __syncthreads();
-#pragma unroll 1
     for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
       if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::finished, op.stamp);
     }
