@@ -75,6 +75,20 @@ void BindEndpoint(py::class_<E, std::shared_ptr<E>>& endpoint) {
       .def_property_readonly("num_operations", &E::num_operations);
 }
 
+// The same, for what elastic groups need besides.
+template <typename E>
+void BindElastic(py::class_<E, std::shared_ptr<E>>& endpoint) {
+  endpoint
+      .def(
+          "prepare", [](E& e, const std::vector<int>& members) { e.Prepare(members); }, py::arg("members"), Unlocked(),
+          "Makes ready what `activate` with these members needs; operations go on.")
+      .def("interrupt", &E::Interrupt, "Ends the running operation; refuses others until `activate`.")
+      .def("drain", &E::Drain, Unlocked(), "Returns when no operation runs.")
+      .def("peer_alive", &E::PeerAlive, py::arg("peer"), "False once a peer of this machine is known to be dead.")
+      .def("shows_death", &E::ShowsDeath, py::arg("peer"), "Whether `peer_alive` would tell.")
+      .def("gave_up", &E::GaveUp, "Whether a member was given up since `activate`.");
+}
+
 template <typename E>
 void BindSetEndpoint(py::module_& m) {
   m.def(

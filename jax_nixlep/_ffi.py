@@ -78,8 +78,7 @@ def cuda_built() -> bool:
 
 
 def make_endpoint(device: jax.Device, **options: Any) -> Endpoint:
-    """The endpoint of a rank on `device`; keywords as `Endpoint`. Endpoints of all platforms look alike, except
-    that those of GPUs lack what elastic groups need.
+    """The endpoint of a rank on `device`; keywords as `Endpoint`. Endpoints of all platforms look alike.
 
     Raises:
       RuntimeError: there is no module for the device's platform.
@@ -196,8 +195,10 @@ _call_p.def_impl(_run)
 
 
 def call(name: str, results: Sequence[jax.ShapeDtypeStruct], *args: jax.Array, **attrs: np.int64) -> list[jax.Array]:
-    """Emits custom call `jax_nixlep_<name>`. No JAX effect, so that remat, scan and grad accept it."""
-    out = _call_p.bind(*args, name=name, results=tuple(results), attrs=tuple(sorted(attrs.items())))
+    """Emits custom call `jax_nixlep_<name>`, which profilers show as jax_nixlep.<name>: by the named scope, and on GPUs
+    by the NVTX range of its handler. No JAX effect, so that remat, scan and grad accept it."""
+    with jax.named_scope(f"jax_nixlep.{name}"):
+        out = _call_p.bind(*args, name=name, results=tuple(results), attrs=tuple(sorted(attrs.items())))
     return [vary(o) for o in out]
 
 

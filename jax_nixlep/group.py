@@ -268,6 +268,7 @@ class EpGroup:
         if self._elastic is None:
             self._activate()
         else:
+            self._seats[0].endpoint.prepare(list(self._members))
             self._seats[0].endpoint.activate(0, [self.rank])  # alone, until the first `step`
             if self.rank == self._members[0]:
                 self._elastic.create(self._members)
@@ -372,7 +373,7 @@ def initialize(
       kernels: "native": this package's. "nixl_ep": NVIDIA's NIXL-EP kernels from the installed nixl wheel, on GPUs, for
         inference, within their limits: docs/nixl_ep.md. Programs traced for the other kernels are traced again.
       elastic: members may come, go and be lost: call `group.step()` between steps. Programs run by themselves, to
-        compile and warm up, until its first call, which waits for all. Each process is one rank. On CPUs only, so far.
+        compile and warm up, until its first call, which waits for all. Each process is one rank.
         The store is needed even for one member, and should outlive the ranks (`python -m jax_nixlep.store`, or the
         launcher's).
       join: this process is no member yet. Returns when a member has named it in `group.prepare` and it holds what it
@@ -430,11 +431,6 @@ def initialize(
         else:
             places, ranks, url, secret = _member_places(rank, members, store, secret, elastic, join)
         _check_ranks(config, ranks, [place[2] for place in places])
-        if elastic and (platform := places[0][0].platform) != "cpu":
-            raise ValueError(
-                f"initialize: elastic must be False on a {platform}, where groups are fixed so far; got True; set "
-                "JAX_PLATFORMS=cpu, or drop elastic and join"
-            )
 
         def make_endpoint(device: jax.Device, rank: int) -> _ffi.Endpoint:
             if kernels == "nixl_ep":

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from test_ops import make_config, make_input, make_quantized
 
@@ -86,6 +87,22 @@ def test_operations_lower_to_the_handlers_of_cuda():
     }  # fmt: skip
     if _ffi.cuda_built():
         assert emitted | {"mark", "nixl_ep_dispatch", "nixl_ep_combine"} == set(_ffi._cuda.handlers())
+
+
+def test_profilers_see_names():
+    """The scopes of what is compiled, forward and backward."""
+
+    def loss(x, params):
+        y, aux = nx.nixlep_moe(x, params, config=CONFIG, router=nx.Router(num_experts=4, top_k=CONFIG.top_k))
+        return y.sum() + aux.loss
+
+    hidden = CONFIG.hidden
+    params = {"gate": np.ones((hidden, 4), np.float32), "wi_0": np.ones((2, hidden, 8), np.float32)}
+    params["wo"] = np.ones((2, 8, hidden), np.float32)
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(np.ones((4, hidden), np.float32), params)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
+    assert set(re.findall(r"jax_nixlep\.(\w+)", text)) == {"route", "dispatch", "experts", "combine", "redispatch"}
+    assert re.search(r"jvp\([^\n]*jax_nixlep\.dispatch", text), "the forward operation of a gradient"
 
 
 @needs_cuda

@@ -144,7 +144,6 @@ __global__ void __launch_bounds__(1024)
   const int num_slots = p.g.max_ranks * p.g.experts_per_rank;
 
   // The tables go to every peer: all blocks of its receiving half read them.
-#pragma unroll 1
   for (int i = thread; i < choices; i += threads) {
     int32_t id = i == thread ? first_id : a.ids[i];
     const float weight = i == thread ? first_weight : a.weights ? a.weights[i] : 0;
@@ -154,7 +153,6 @@ __global__ void __launch_bounds__(1024)
       id = slot ? id : -1;
       a.clean_ids[i] = id;
     }
-#pragma unroll 1
     for (int r = 0; r < p.g.max_ranks; ++r) {
       if (!op.pointer[r] || !op.live[r]) continue;
       std::byte* inbox = op.inbox(p.g, op.pointer[r], op.rank);
@@ -258,41 +256,43 @@ __device__ const std::byte* TokensOf(const Op& op, const Params& p, int r) {
   return op.pointer[r] ? op.outbox(p.g, op.pointer[r], r) : op.inbox(p.g, op.region, r);
 }
 
-// Which tokens of a chunk chose which expert of this rank. One warp.
-__device__ void PickChunk(const Op& op, const Params& p, const Plan& plan, int chunk) {
+// Words of one chunk for 32 experts. One warp.
+__device__ void PickChunk(const Op& op, const Params& p, const Plan& plan, int chunk, int word) {
   const int lane = threadIdx.x % kWarp, K = p.g.top_k, E = p.g.experts_per_rank;
-  const int r = chunk / plan.cpr, first = chunk % plan.cpr * kWarp;
-  uint32_t* picked = plan.picked + uint64_t(chunk) * plan.stride;
-#pragma unroll 1
-  for (int e = lane; e < plan.stride; e += kWarp) picked[e] = 0;
-  __syncwarp();
-  const auto* ids = reinterpret_cast<const int32_t*>(TablesOf(op, p, r)) + uint64_t(first) * K;
-  const int choices = min(kWarp, op.tokens[r] - first) * K;
-#pragma unroll 1
-  for (int i = lane * 4; i < choices; i += kWarp * 4) {  // a table's end is padded to whole granules
-    const Words<4> four = LoadOnce<4>(reinterpret_cast<const std::byte*>(ids + i));
+  const int r = chunk / plan.cpr, t = chunk % plan.cpr * kWarp + lane;
+  uint32_t chosen = 0, mine = 0;
+  if (op.live[r] && t < op.tokens[r]) {
+    const auto* ids = reinterpret_cast<const int32_t*>(TablesOf(op, p, r)) + uint64_t(t) * K;
+    const int first = op.rank * E + word * kWarp, count = min(kWarp, E - word * kWarp);
+    auto choose = [&](int32_t id) {
+      const int expert = id - first;
+      if (expert >= 0 && expert < count) chosen |= 1u << expert;
+    };
+    if (K % 4 == 0) {
+#pragma unroll 4
+      for (int k = 0; k < K; k += 4) {
+        const Words<4> four = LoadOnce<4>(reinterpret_cast<const std::byte*>(ids + k));
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int expert = int32_t(four.w[j]) - op.rank * E;
-      if (i + j < choices && expert >= 0 && expert < E) atomicOr(&picked[expert], 1u << p.choices.Quotient(i + j));
+        for (int i = 0; i < 4; ++i) choose(int32_t(four.w[i]));
+      }
+    } else {
+      for (int k = 0; k < K; ++k) choose(ids[k]);
     }
   }
-}
-
-__device__ int ScanWarp(int value) {  // inclusive
-#pragma unroll 1
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, value, step);
-    if (threadIdx.x % kWarp >= step) value += other;
+  if (__any_sync(kAllLanes, chosen != 0)) {
+#pragma unroll
+    for (int e = 0; e < kWarp; ++e) {
+      const uint32_t tokens = __ballot_sync(kAllLanes, chosen >> e & 1);
+      if (lane == e) mine = tokens;
+    }
   }
-  return value;
+  plan.picked[uint64_t(chunk) * plan.stride + word * kWarp + lane] = mine;
 }
 
 // The largest equal limit that fits; what is left over goes, one row each, to the first experts above it. One warp.
 __device__ __noinline__ void FindLimit(const int32_t* demand, int num_experts, int num_rows, int& limit, int& left) {
   auto total = [&](int most) {
     int sum = 0;
-#pragma unroll 1
     for (int e = threadIdx.x % kWarp; e < num_experts; e += kWarp) sum += min(demand[e], most);
     return __reduce_add_sync(kAllLanes, sum);
   };
@@ -308,15 +308,18 @@ __device__ __noinline__ void FindLimit(const int32_t* demand, int num_experts, i
 // Counts and limits. One block.
 __device__ void FinishPlan(const Params& p, const Plan& plan, int64_t num_rows) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, E = p.g.experts_per_rank;
-#pragma unroll 1
   for (int e = warp; e < E; e += blockDim.x / kWarp) {
     int running = 0;
-#pragma unroll 1
     for (int c0 = 0; c0 < plan.chunks; c0 += kWarp) {
       const int c = c0 + lane;
-      const uint64_t at = uint64_t(c) * plan.stride + e;
-      const int count = c < plan.chunks ? __popc(plan.picked[at]) : 0, sum = ScanWarp(count);
-      if (c < plan.chunks) plan.before[at] = running + sum - count;
+      const int count = c < plan.chunks ? __popc(plan.picked[uint64_t(c) * plan.stride + e]) : 0;
+      int sum = count;
+#pragma unroll
+      for (int step = 1; step < kWarp; step *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, sum, step);
+        if (lane >= step) sum += other;
+      }
+      if (c < plan.chunks) plan.before[uint64_t(c) * plan.stride + e] = running + sum - count;
       running += __shfl_sync(kAllLanes, sum, kWarp - 1);
     }
     if (lane == 0) plan.demand[e] = running;
@@ -324,19 +327,23 @@ __device__ void FinishPlan(const Params& p, const Plan& plan, int64_t num_rows) 
   __syncthreads();
   if (warp == 0) {
     int demand = 0;
-#pragma unroll 1
     for (int e = lane; e < E; e += kWarp) demand += plan.demand[e];
     demand = __reduce_add_sync(kAllLanes, demand);
-    int limit = INT_MAX, left = 0, next = 0, extras = 0;
+    int limit = INT_MAX, left = 0;
     if (demand > num_rows) FindLimit(plan.demand, E, int(num_rows), limit, left);
-#pragma unroll 1
+    int next = 0, extras = 0;
     for (int e0 = 0; e0 < E; e0 += kWarp) {
       const int e = e0 + lane, wanted = e < E ? plan.demand[e] : 0;
       const unsigned above = __ballot_sync(kAllLanes, wanted > limit);
       const int before = extras + __popc(above & ((1u << lane) - 1));
       const int kept = wanted > limit ? limit + (before < left) : wanted;
       extras += __popc(above);
-      const int sum = ScanWarp(kept);
+      int sum = kept;
+#pragma unroll
+      for (int step = 1; step < kWarp; step *= 2) {
+        const int other = __shfl_up_sync(kAllLanes, sum, step);
+        if (lane >= step) sum += other;
+      }
       if (e < E) plan.kept[e] = kept, plan.base[e] = next + sum - kept;
       next += __shfl_sync(kAllLanes, sum, kWarp - 1);
     }
@@ -353,7 +360,7 @@ __device__ void ReportPeers(const Op& op, const Params& p, int32_t* peers) {
     peers[r] = op.live[r] ? 0 : p.control->state.peers[r].masked == op.stamp ? 2 : 1;
   }
 }
-__device__ __noinline__ void ReportPlan(const Op& op, const Params& p, const Plan& plan, const ReceiveTokensArgs& a) {
+__device__ void ReportPlan(const Op& op, const Params& p, const Plan& plan, const ReceiveTokensArgs& a) {
   for (int e = threadIdx.x; e < p.g.experts_per_rank; e += blockDim.x) {
     a.group_sizes[e] = plan.kept[e];
     a.demand[e] = plan.demand[e];
@@ -373,9 +380,9 @@ __global__ void __launch_bounds__(kMoveThreads)
   AwaitAll(op, p);
   if (op.bad) return;  // the kernel that follows comes to the same end
   const Plan plan(p.g, p.control->state.scratch);
-  const int warps = blockDim.x / kWarp;
-  for (int chunk = blockIdx.x * warps + threadIdx.x / kWarp; chunk < plan.chunks; chunk += gridDim.x * warps) {
-    PickChunk(op, p, plan, chunk);
+  const int words = (p.g.experts_per_rank + kWarp - 1) / kWarp, warps = blockDim.x / kWarp;
+  for (int i = blockIdx.x * warps + threadIdx.x / kWarp; i < plan.chunks * words; i += gridDim.x * warps) {
+    PickChunk(op, p, plan, i / words, i % words);
   }
   if (IsLast(op, &p.control->state.tails, gridDim.x)) {
     FinishPlan(p, plan, a.num_rows);
@@ -398,7 +405,6 @@ __device__ void PrefetchSegment(const Op& op, const Params& p, int unit, int seg
 __device__ void PrefetchTables(const Params& p, int ranks, int num_bytes, bool second) {
   const int lines = (num_bytes + 127) / 128, all = kBanks * ranks * lines;
   if (all > 4096) return;
-#pragma unroll 1
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < all; i += gridDim.x * blockDim.x) {
     const std::byte* message = p.region + p.g.inbox + uint64_t(i / lines) * p.g.message_bytes + i % lines * 128;
     Prefetch(message);
@@ -406,27 +412,6 @@ __device__ void PrefetchTables(const Params& p, int ranks, int num_bytes, bool s
   }
 }
 
-// The row of token `bit` of a chunk at an expert of this rank that it chose; -1: none is left.
-__device__ int RowOf(const Plan& plan, int chunk, int bit, int expert) {
-  const uint64_t at = uint64_t(chunk) * plan.stride + expert;
-  const int position = plan.before[at] + __popc(plan.picked[at] & ((1u << bit) - 1));
-  return position < plan.kept[expert] ? plan.base[expert] + position : -1;
-}
-
-// Results that nothing may be read from.
-__device__ __noinline__ void PoisonTokens(const Op& op, const Params& p, const ReceiveTokensArgs& a) {
-  Fill(a.rows, a.num_rows * p.row_bytes, 0xFFFFFFFFu);
-  Fill(a.scales, a.num_rows * p.scale_bytes, 0xFFFFFFFFu);
-  Fill(a.row_weights, a.num_rows * sizeof(float), 0xFFFFFFFFu);
-  Fill(a.group_sizes, p.g.experts_per_rank * sizeof(int32_t), 0);
-  Fill(a.demand, p.g.experts_per_rank * sizeof(int32_t), 0);
-  Fill(a.row_of, uint64_t(p.g.max_ranks) * p.g.max_tokens * p.g.top_k * sizeof(int32_t), 0xFFFFFFFFu);
-  Fill(a.dropped, sizeof(int32_t), 0);
-  if (blockIdx.x == 0) ReportPeers(op, p, a.peers);
-}
-
-// With a cold cache most of the time of a small operation goes into fetching code. So: loops, not copies of their
-// bodies; what is rare out of line.
 template <typename Codec, bool kPlanned>
 __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
     ReceiveTokensKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveTokensArgs a) {
@@ -444,42 +429,58 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
     if (first_unit < num_units) PrefetchSegment(op, p, first_unit, segments);
   }
   AwaitAll(op, p);
+  auto poison = [&] {
+    Fill(a.rows, a.num_rows * p.row_bytes, 0xFFFFFFFFu);
+    Fill(a.scales, a.num_rows * p.scale_bytes, 0xFFFFFFFFu);
+    Fill(a.row_weights, a.num_rows * sizeof(float), 0xFFFFFFFFu);
+    Fill(a.group_sizes, E * sizeof(int32_t), 0);
+    Fill(a.demand, E * sizeof(int32_t), 0);
+    Fill(a.row_of, uint64_t(R) * T * K * sizeof(int32_t), 0xFFFFFFFFu);
+    Fill(a.dropped, sizeof(int32_t), 0);
+    if (blockIdx.x == 0) ReportPeers(op, p, a.peers);
+  };
   if (op.bad) {
-    PoisonTokens(op, p, a);
+    poison();
     EndReceive(op, p, true);
     return;
   }
   Plan plan(p.g, kPlanned ? p.control->state.scratch : dynamic);
+  const int words = (E + kWarp - 1) / kWarp;
   if constexpr (kPlanned) {  // limits and starts of the experts are wanted for every row
     auto* near = reinterpret_cast<int32_t*>(dynamic);
     for (int i = threadIdx.x; i < 2 * plan.stride; i += blockDim.x) near[i] = plan.kept[i];
     plan.kept = near;
     plan.base = near + plan.stride;
     __syncthreads();
-  } else {
-#pragma unroll 1
-    for (int chunk = warp; chunk < plan.chunks; chunk += warps) PickChunk(op, p, plan, chunk);
+  }
+  if constexpr (!kPlanned) {
+    for (int i = warp; i < plan.chunks * words; i += warps) PickChunk(op, p, plan, i / words, i % words);
     __syncthreads();
     FinishPlan(p, plan, a.num_rows);
   }
 
   // Each token is read once and stored to all its rows.
-#pragma unroll 1
   for (int unit = first_unit; unit < num_units; unit += step) {
     const int token_index = p.segments.Quotient(unit), segment = unit - token_index * segments;
     const int r = p.tokens.Quotient(token_index), t = token_index - r * T;
     if (unit + step < num_units) PrefetchSegment(op, p, unit + step, segments);
     if (t >= op.tokens[r]) continue;
     const std::byte* token = TokensOf(op, p, r) + p.g.rows + uint64_t(t) * p.g.row_bytes;
-    const int chunk = r * plan.cpr + t / kWarp, bit = t % kWarp, start = segment * kWarp * kUnroll + lane;
+    const int chunk = r * plan.cpr + t / kWarp, bit = t % kWarp;
     typename Codec::Loaded loaded[kUnroll];
     bool have = false;
-#pragma unroll 1
-    for (int e = lane; e - lane < E; e += kWarp) {
-      const bool chosen = plan.picked[uint64_t(chunk) * plan.stride + e] >> bit & 1;
-      const int row = chosen ? RowOf(plan, chunk, bit, e) : -1;
+    for (int word = 0; word < words; ++word) {
+      const int e = word * kWarp + lane;
+      const uint64_t at = uint64_t(chunk) * plan.stride + e;
+      const uint32_t picked = plan.picked[at];
+      int row = -1;
+      if (picked >> bit & 1) {
+        const int position = plan.before[at] + __popc(picked & ((1u << bit) - 1));
+        if (position < plan.kept[e]) row = plan.base[e] + position;
+      }
       unsigned rows = __ballot_sync(kAllLanes, row >= 0);
       if (!rows) continue;
+      const int start = segment * kWarp * kUnroll + lane;
       if (!have) {
         have = true;
 #pragma unroll
@@ -488,59 +489,80 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
         }
         if (segment == 0 && lane == 0) atomicAdd(&taken[r], 1u);
       }
-#pragma unroll 1
       for (; rows; rows &= rows - 1) {
-        const int to = __shfl_sync(kAllLanes, row, __ffs(rows) - 1);
-        std::byte* out = a.rows + uint64_t(to) * p.row_bytes;
+        std::byte* out = a.rows + uint64_t(__shfl_sync(kAllLanes, row, __ffs(rows) - 1)) * p.row_bytes;
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) {
           if (start + u * kWarp < G) Store(out + (start + u * kWarp) * 16, Codec::Decode(loaded[u]));
         }
-        if (!Codec::kRaw || !a.scales || segment) continue;
-        std::byte* scales = a.scales + uint64_t(to) * p.scale_bytes;
-#pragma unroll 1
-        for (int i = lane; i < p.scale_bytes; i += kWarp) scales[i] = token[p.value_bytes + i];
+        if (Codec::kRaw && a.scales && segment == 0) {
+          const uint64_t index = uint64_t(out - a.rows) / p.row_bytes;
+          const std::byte* from = token + p.value_bytes;
+          std::byte* to = a.scales + index * p.scale_bytes;
+          if (p.ue8m0) {
+            for (int i = lane; i < p.scale_bytes; i += kWarp) to[i] = from[i];
+          } else {
+            for (int i = lane; i < p.scale_bytes / 4; i += kWarp) {
+              Store(to + i * 4, LoadOnce<1>(from + i * 4));
+            }
+          }
+        }
       }
     }
   }
 
-  // The handle: rows of each choice, and the weights of each row. The last threads begin: they may have had no token.
-#pragma unroll 1
-  for (int i = gridDim.x * blockDim.x - 1 - (blockIdx.x * blockDim.x + threadIdx.x); i < R * T * K;
-       i += gridDim.x * blockDim.x) {
-    const int unit = p.choices.Quotient(i), k = i - unit * K, r = p.tokens.Quotient(unit), t = unit - r * T;
+  // The handle: rows of each choice, and the weights of each row. The last warps begin: they may have had no token.
+  for (int unit = step - 1 - first_unit; unit < R * T; unit += step) {
+    const int r = p.tokens.Quotient(unit), t = unit - r * T;
+    int32_t* rows = a.row_of + uint64_t(unit) * K;
+    if (t >= op.tokens[r]) {
+      for (int k = lane; k < K; k += kWarp) rows[k] = -1;
+      continue;
+    }
     const std::byte* message = TablesOf(op, p, r);
     const auto* ids = reinterpret_cast<const int32_t*>(message) + uint64_t(t) * K;
-    const int id = t < op.tokens[r] ? ids[k] : -1, e = id - op.rank * E;
-    const bool own = id >= 0 && e >= 0 && e < E;
-    const int row = own ? RowOf(plan, r * plan.cpr + t / kWarp, t % kWarp, e) : -1;
-    a.row_of[i] = row;
-    if (row < 0) continue;
-    // A repeated id is one row, with the sum of its weights in the order of the choices.
     const auto* weights = reinterpret_cast<const float*>(message + p.g.second) + uint64_t(t) * K;
-    float sum = 0;
-    int leader = k;
-#pragma unroll 1
-    for (int j = 0; j < K; ++j) {
-      if (ids[j] != id) continue;
-      leader = min(leader, j);
-      if (a.weighted) sum = __fadd_rn(sum, weights[j]);
+    const int bit = t % kWarp;
+    for (int k0 = 0; k0 < K; k0 += kWarp) {
+      const int k = k0 + lane;
+      const int32_t id = k < K ? ids[k] : -1;
+      const float weight = k < K && a.weighted ? weights[k] : 1.0f;
+      const int e = id - op.rank * E;
+      int row = -1;
+      if (id >= 0 && e >= 0 && e < E) {
+        const uint64_t at = uint64_t(r * plan.cpr + t / kWarp) * plan.stride + e;
+        const int position = plan.before[at] + __popc(plan.picked[at] & ((1u << bit) - 1));
+        if (position < plan.kept[e]) row = plan.base[e] + position;
+      }
+      if (k < K) rows[k] = row;
+      // A repeated id is one row, with the sum of its weights in the order of the choices.
+      float sum = 0;
+      int leader = K;
+      for (int j0 = 0; j0 < K; j0 += kWarp) {
+        const int j = j0 + lane;
+        const int32_t other = j0 == k0 ? id : j < K ? ids[j] : -1;
+        const float other_weight = j0 == k0 ? weight : j < K && a.weighted ? weights[j] : 1.0f;
+        for (int i = 0; i < min(kWarp, K - j0); ++i) {
+          const int32_t id_i = __shfl_sync(kAllLanes, other, i);
+          const float weight_i = __shfl_sync(kAllLanes, other_weight, i);
+          if (id_i != id) continue;
+          leader = min(leader, j0 + i);
+          sum = __fadd_rn(sum, weight_i);
+        }
+      }
+      if (row >= 0 && leader == k) a.row_weights[row] = a.weighted ? sum : 1.0f;
     }
-    if (leader == k) a.row_weights[row] = a.weighted ? sum : 1.0f;
   }
   if (!kPlanned && blockIdx.x == gridDim.x - 1) ReportPlan(op, p, plan, a);
   const int64_t used = UsedRows(p, plan), spare = a.num_rows - used;
-  if (spare) {
-    Fill(a.rows + used * p.row_bytes, spare * p.row_bytes, 0);
-    Fill(a.row_weights + used, spare * sizeof(float), 0);
-    if (a.scales) Fill(a.scales + used * p.scale_bytes, spare * p.scale_bytes, 0);
-  }
+  Fill(a.rows + used * p.row_bytes, spare * p.row_bytes, 0);
+  Fill(a.row_weights + used, spare * sizeof(float), 0);
+  if (a.scales) Fill(a.scales + used * p.scale_bytes, spare * p.scale_bytes, 0);
   __syncthreads();
-#pragma unroll 1
   for (int r = threadIdx.x; r < R; r += blockDim.x) {
     if (taken[r]) atomicAdd(&p.control->state.counters[r].bytes_in, (unsigned long long)taken[r] * p.wire_bytes);
   }
-  if (!EndReceive(op, p, true)) PoisonTokens(op, p, a);
+  if (!EndReceive(op, p, true)) poison();
 }
 
 // Rows, or weights only, along the handle of an earlier dispatch.
@@ -862,14 +884,14 @@ __global__ void NotifyKernel(const __grid_constant__ Params p, Notice notice) {
   __shared__ Op op;
   Begin(op, p, /*sending=*/true);
   for (int r = 0; r < p.g.max_ranks; ++r) {
-    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, uint32_t(notice));
+    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, NoticeOf(op.stamp, notice));
   }
 }
 
 // --- Launches ---
 
 constexpr size_t kSharedPlanBytes = 40 * 1024;
-constexpr int kSharedPlanChoices = 40000;  // above, each block would read too much of the tables
+constexpr int kSharedPlanChoices = 8192;  // above, each block would read too much of the tables
 
 Params MakeParams(const Launch& l, int granules_at_once) {
   const RowFormat& f = l.format;
@@ -884,7 +906,6 @@ Params MakeParams(const Launch& l, int granules_at_once) {
   p.granules = int32_t((raw ? f.row_bytes() : size_t(f.hidden) * TokenBytes(f.type)) / 16);
   p.segments = Divisor(uint32_t(std::max(1, (p.granules + kWarp * granules_at_once - 1) / (kWarp * granules_at_once))));
   p.tokens = Divisor(uint32_t(l.geometry.max_tokens));
-  p.choices = Divisor(uint32_t(l.geometry.top_k));
   p.value_bytes = int32_t(f.value_bytes());
   p.scale_bytes = int32_t(f.scale_bytes());
   p.wire_bytes = int32_t(f.wire_bytes());
@@ -951,7 +972,7 @@ void ReceiveTokens(const Launch& l, const ReceiveTokensArgs& a) {
   const size_t limit_bytes = 2 * (size_t(g.experts_per_rank + 31) / 32 * 32 + 1) * sizeof(int32_t);
   const bool planned = plan_bytes > kSharedPlanBytes || tokens * g.top_k > kSharedPlanChoices;
   if (planned) {
-    const int64_t chunks = int64_t(g.max_ranks) * ((g.max_tokens + 31) / 32);
+    const int64_t chunks = int64_t(g.max_ranks) * ((g.max_tokens + 31) / 32) * ((g.experts_per_rank + 31) / 32);
     PlanKernel<<<Blocks(chunks, 4, l.num_sms), kMoveThreads, 0, l.stream>>>(p, a);
   }
   WithCodec(l.format, /*encode=*/false, [&](auto codec) {

@@ -12,7 +12,8 @@ using cuda::nixl_ep::NixlEpEndpoint;
 
 namespace {
 
-py::dict Address(const CudaEndpoint& endpoint) {
+template <typename E>
+py::dict Address(const E& endpoint) {
   py::dict address;
   address["pid"] = getpid();
   address["fd"] = -1;  // no peer maps it: all are reached through NIXL
@@ -126,13 +127,20 @@ PYBIND11_MODULE(_cuda, m) {
       .def(py::init(&MakeEndpoint), py::kw_only(), py::arg("device"), py::arg("rank"), py::arg("max_ranks"),
            py::arg("experts_per_rank"), py::arg("max_tokens"), py::arg("top_k"), py::arg("row_bytes"),
            py::arg("timeout_s"), py::arg("mask_late_peers"), Unlocked())
-      .def("address", &Address, "Where the region is; for `connect_nixl` of the peers.")
       .def(
-          "map_peer", [](CudaEndpoint&, int, int, int, uint64_t) { return false; }, py::arg("peer"), py::arg("pid"),
-          py::arg("fd"), py::arg("nonce"), "False: peers are reached through NIXL, also those of the same machine.")
+          "address",
+          [](const CudaEndpoint& e) {
+            py::dict address = Address(e);
+            address["fd"] = e.page_fd();
+            return address;
+          },
+          "Where the region is, for `connect_nixl` of the peers, and what `map_peer` needs.")
+      .def("map_peer", &CudaEndpoint::MapPeer, py::arg("peer"), py::arg("pid"), py::arg("fd"), py::arg("nonce"),
+           Unlocked(), "False: peers are reached through NIXL; the death of one of this machine will show, though.")
       .def_property_readonly("num_bytes", [](const CudaEndpoint& e) { return e.num_bytes() + sizeof(cuda::Control); })
       .def_property_readonly("dropped_rows", &CudaEndpoint::dropped_rows)
       .def_property_readonly("invalid_ids", &CudaEndpoint::invalid_ids);
+  BindElastic(endpoint);
   BindEndpoint(endpoint);
   BindNixlEp(m);
 }
