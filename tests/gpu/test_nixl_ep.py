@@ -342,7 +342,18 @@ def test_generates_the_same_tokens(tmp_path):
             "--steps",
             "8",
         ]
-        command += ["--prompt", "hello user", "user", "hello : hello", "--kernels", kernels, "--json", str(out)]
+        command += [
+            "--prompt",
+            "hello user",
+            "user",
+            "hello : hello",
+            "--steps",
+            "8",
+            "--kernels",
+            kernels,
+            "--json",
+            str(out),
+        ]
         done = subprocess.run(command, env=os.environ | GPU, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
         texts[kernels] = [completion["text"] for completion in json.loads(out.read_text())["completions"]]
