@@ -332,28 +332,9 @@ def test_generates_the_same_tokens(tmp_path):
     texts = {}
     for kernels in ("native", "nixl_ep"):
         out = tmp_path / f"{kernels}.json"
-        command = [
-            sys.executable,
-            str(EXAMPLES / "generate.py"),
-            "--model",
-            str(tmp_path),
-            "--ranks",
-            "2",
-            "--steps",
-            "8",
-        ]
-        command += [
-            "--prompt",
-            "hello user",
-            "user",
-            "hello : hello",
-            "--steps",
-            "8",
-            "--kernels",
-            kernels,
-            "--json",
-            str(out),
-        ]
+        options = ["--ranks", "2", "--gpus", "1", "--steps", "8", "--kernels", kernels, "--json", str(out)]
+        prompts = ["--prompt", "hello user", "user", "hello : hello"]
+        command = [sys.executable, str(EXAMPLES / "generate.py"), "--model", str(tmp_path), *options, *prompts]
         done = subprocess.run(command, env=os.environ | GPU, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
         texts[kernels] = [completion["text"] for completion in json.loads(out.read_text())["completions"]]
