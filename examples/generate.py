@@ -53,6 +53,7 @@ def parse_args() -> tuple[argparse.Namespace, Model, list[list[int]]]:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest of this probability")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kernels", default="native", choices=("native", "nixl_ep"), help="docs/nixl_ep.md")
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
     if "" in args.prompt or args.steps < 1 or args.ranks < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
@@ -104,15 +105,15 @@ def generate(
     mine = range(env.rank, len(prompts), env.num_ranks)
     rows, width = -(-len(prompts) // env.num_ranks), max(map(len, prompts))
     per_rank = -(-model.num_experts // env.num_ranks)
-    config = model.ep_config(env.num_ranks, per_rank, rows * width)
-    programs = compile_steps(model, config, rows, (width, 1), args.length)
+    config = model.ep_config(env.num_ranks, per_rank, -(-rows * width // 4) * 4)  # nixl_ep: tokens in fours
     table = identity_table(model.num_experts, range(env.num_ranks), per_rank, env.num_ranks)
     experts = model.load_experts(table[env.rank * per_rank : (env.rank + 1) * per_rank].tolist())
     weights = [
         jax.tree.map(lambda w: jax.device_put(np.asarray(w), may_alias=True), tree)
         for tree in (model.load_dense(), experts)
     ]
-    nx.initialize(config)
+    nx.initialize(config, kernels=args.kernels)
+    programs = compile_steps(model, config, rows, (width, 1), args.length)  # for these kernels
     placement = table_placement(table, model.num_experts, env.num_ranks)
 
     batch = Batch.empty(rows, width)

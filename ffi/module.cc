@@ -119,12 +119,10 @@ PYBIND11_MODULE(_host, m) {
            py::arg("mask_late_peers"))
       .def("address", &Address, "What peers of this machine need to map the region.")
       .def("map_peer", &Endpoint::MapPeer, py::arg("peer"), py::arg("pid"), py::arg("fd"), py::arg("nonce"), Unlocked())
-      .def("interrupt", &Endpoint::Interrupt, "Ends the running operation; refuses others until `activate`.")
-      .def("drain", &Endpoint::Drain, Unlocked(), "Returns when no operation runs.")
-      .def("peer_alive", &Endpoint::PeerAlive, py::arg("peer"), "False once a peer in shared memory is known dead.")
       .def_property_readonly("num_bytes", [](const Endpoint& e) { return e.memory()->size(); })
       .def_property_readonly("dropped_rows", [](const Endpoint& e) { return e.dropped_rows.load(); })
       .def_property_readonly("invalid_ids", [](const Endpoint& e) { return e.invalid_ids.load(); });
   BindEndpoint(endpoint);
+  BindElastic(endpoint);
   BindSetEndpoint<Endpoint>(m);
 }

@@ -18,6 +18,7 @@ import numpy as np
 
 from jax_nixlep import _ffi
 from jax_nixlep import store as stores
+from jax_nixlep.nixl_ep import setup as nixl_ep
 from jax_nixlep.store.tcp import StoreServer
 
 if TYPE_CHECKING:
@@ -267,6 +268,7 @@ class EpGroup:
         if self._elastic is None:
             self._activate()
         else:
+            self._seats[0].endpoint.prepare(list(self._members))
             self._seats[0].endpoint.activate(0, [self.rank])  # alone, until the first `step`
             if self.rank == self._members[0]:
                 self._elastic.create(self._members)
@@ -290,8 +292,11 @@ class EpGroup:
         self._rendezvous.barrier(f"epoch {self._epoch + 1}", op="ElasticMesh.resize")
         self._epoch, self._members = self._epoch + 1, tuple(members)
         self._activate()
+        if _ffi.kernels() == "nixl_ep":  # whose signals do not say of which epoch they are
+            self._rendezvous.barrier(f"active {self._epoch}", op="ElasticMesh.resize")
 
     def _close(self) -> None:
+        _ffi.use_kernels("native")
         if self._elastic is not None:
             self._elastic.close()
         for seat in self._seats:
@@ -335,6 +340,7 @@ def initialize(
     timeout_s: float = 60.0,
     init_timeout_s: float = 120.0,
     on_timeout: Literal["raise", "mask"] = "raise",
+    kernels: Literal["native", "nixl_ep"] = "native",
     elastic: bool = False,
     join: bool = False,
     num_experts: int | None = None,
@@ -363,8 +369,10 @@ def initialize(
       init_timeout_s: how long to wait here for all members.
       on_timeout: "raise": a late or dead peer ends the operation with an error on every rank. "mask": its tokens and
         experts are left out, and `Status.peers` and `health()` say so.
+      kernels: "native": this package's. "nixl_ep": NVIDIA's NIXL-EP kernels from the installed nixl wheel, on GPUs, for
+        inference, within their limits: docs/nixl_ep.md. Programs traced for the other kernels are traced again.
       elastic: members may come, go and be lost: call `group.step()` between steps. Programs run by themselves, to
-        compile and warm up, until its first call, which waits for all. Each process is one rank. On CPUs only, so far.
+        compile and warm up, until its first call, which waits for all. Each process is one rank.
         The store is needed even for one member, and should outlive the ranks (`python -m jax_nixlep.store`, or the
         launcher's).
       join: this process is no member yet. Returns when a member has named it in `group.prepare` and it holds what it
@@ -392,11 +400,18 @@ def initialize(
             raise RuntimeError("initialize: must be called once; got a second call; call jax_nixlep.shutdown() first")
         if on_timeout not in ("raise", "mask"):
             raise ValueError(f'initialize: on_timeout must be "raise" or "mask"; got {on_timeout!r}; choose one')
+        if kernels not in ("native", "nixl_ep"):
+            raise ValueError(f'initialize: kernels must be "native" or "nixl_ep"; got {kernels!r}; choose one')
         times = {"timeout_s": timeout_s, "init_timeout_s": init_timeout_s, "restore_timeout_s": restore_timeout_s}
         for name, value in times.items():
             if not value > 0:
                 raise ValueError(f"initialize: {name} must be positive; got {value}; give seconds")
         elastic = elastic or join
+        if elastic and kernels == "nixl_ep":
+            raise ValueError(
+                'initialize: elastic must be False with kernels="nixl_ep", whose signals do not tell a late peer '
+                'from a present one; got True; use ElasticMesh over a mesh, or kernels="native"'
+            )
         if elastic and mesh is not None:
             raise ValueError("initialize: elastic must be False with a mesh, whose ranks are fixed; got True; drop one")
         if mesh is not None:
@@ -409,13 +424,10 @@ def initialize(
         else:
             places, ranks, url, secret = _member_places(rank, members, store, secret, elastic, join)
         _check_ranks(config, ranks, [place[2] for place in places])
-        if elastic and (platform := places[0][0].platform) != "cpu":
-            raise ValueError(
-                f"initialize: elastic must be False on a {platform}, where groups are fixed so far; got True; set "
-                "JAX_PLATFORMS=cpu, or drop elastic and join"
-            )
 
         def make_endpoint(device: jax.Device, rank: int) -> _ffi.Endpoint:
+            if kernels == "nixl_ep":
+                return nixl_ep.make_endpoint(device, rank, config, timeout_s, on_timeout == "mask")
             return _ffi.make_endpoint(
                 device,
                 rank=rank,
@@ -463,6 +475,13 @@ def initialize(
             raise
         for seat in seats:
             _ffi.set_endpoint(seat.device, seat.endpoint)
+        _ffi.use_kernels(kernels)
+        if kernels == "nixl_ep":
+            try:
+                nixl_ep.self_test(config, {seat.device: seat.rank for seat in seats}, group.members)
+            except BaseException:
+                group._close()
+                raise
         _group = group
         return group
 

@@ -102,9 +102,16 @@ class RankPool:
         self._server.close()
 
 
-def run_to_deaths(function: Callable, *args: Any, num_ranks: int, dead: set[int], transport: str = "shared") -> dict:
+def transport_env(transport: str) -> dict[str, str]:
+    """What makes ranks of one machine use "shared" memory, or "nixl"."""
+    return {"JAX_NIXLEP_P2P": "0" if transport == "nixl" else "1"}
+
+
+def run_to_deaths(
+    function: Callable, *args: Any, num_ranks: int, dead: set[int], env: dict[str, str] | None = None
+) -> dict:
     """`function` on processes of its own, of which just the `dead` kill themselves; what the others returned."""
-    pool = RankPool(num_ranks, {"JAX_NIXLEP_P2P": "0" if transport == "nixl" else "1"})
+    pool = RankPool(num_ranks, env)
     try:
         pool.run(function, *args, timeout_s=60)
     except RankError as error:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ranks import RankPool, run_to_deaths
+from ranks import RankPool, run_to_deaths, transport_env
 
 import jax_nixlep as nx
 from jax_nixlep import placement as tables
@@ -179,7 +179,11 @@ def rank_loses(job, victim, when, timeout_s):
 @pytest.mark.parametrize("transport", ["shared", "nixl"])
 @pytest.mark.parametrize("when", ["call", "prepare"])
 def test_survivors_agree_and_go_on(transport, when):
-    for answer in run_to_deaths(rank_loses, 2, when, 0.5, num_ranks=4, dead={2}, transport=transport).values():
+    check_survivors(when, transport_env(transport))
+
+
+def check_survivors(when, env):
+    for answer in run_to_deaths(rank_loses, 2, when, 0.5, num_ranks=4, dead={2}, env=env).values():
         assert [members for _, members, *_ in answer["history"]][2] == (0, 1, 3)
         assert answer["lost"] == [] and answer["compiled"] == 1 and answer["gap"] < 1
         print(answer["history"], answer["gap"])
@@ -256,8 +260,8 @@ def rank_stopped(job, seconds):
     return summary(group, steps)
 
 
-def test_a_rank_wrongly_given_up_rejoins():
-    pool = RankPool(3)
+def test_a_rank_wrongly_given_up_rejoins(env=None):
+    pool = RankPool(3, env)
     try:
         answers = pool.run(rank_stopped, 1.5, timeout_s=60)
     finally:

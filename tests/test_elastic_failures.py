@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from ranks import run_to_deaths
+from ranks import run_to_deaths, transport_env
 from test_elastic import CONFIG, expected, expert_weights, make_batch, program, serve, start, summary, wait_until
 
 import jax_nixlep as nx
@@ -19,9 +19,9 @@ from jax_nixlep.store.tcp import StoreServer
 STEPS = 5
 
 
-def make_crew(transport="shared", **options):
+def make_crew(transport="shared", *, env=None, **options):
     settings = {"max_ranks": 4, "num_experts": 8, "detect_s": 0.5, "join_s": 60.0, "bulk": 1 << 14, "rejoins": True}
-    env = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_NIXLEP_P2P": "0" if transport == "nixl" else "1"}
+    env = env or {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"} | transport_env(transport)
     return Crew(Settings(**settings | options), timeout_s=60, env=env)
 
 
@@ -59,9 +59,9 @@ def test_a_joiner_that_dies_is_noticed_and_can_try_again():
 
 
 @pytest.mark.parametrize("phase", ["prepare", "sending", "commit"])
-def test_a_coordinator_that_dies(phase):
+def test_a_coordinator_that_dies(phase, env=None):
     """Rank 1 asks for a change and dies in it; another can ask at once."""
-    with make_crew(move_bytes_per_s=4e6) as crew:
+    with make_crew(move_bytes_per_s=4e6, env=env) as crew:
         begin(crew, [0, 1, 2], joiners=[3])
         crew.tell(1, do="die", at=phase, delay_s=0)
         time.sleep(0.1)
@@ -288,7 +288,7 @@ def rank_dies_before_the_first_step(job):
     [(rank_leader_dies, {0, 2}, "nixl"), (rank_dies_before_the_first_step, {0}, "shared")],
 )
 def test_lost_experts_come_back(function, dead, transport):
-    assert set(run_to_deaths(function, num_ranks=3, dead=dead, transport=transport)) == {0, 1, 2} - dead
+    assert set(run_to_deaths(function, num_ranks=3, dead=dead, env=transport_env(transport))) == {0, 1, 2} - dead
 
 
 def rank_store_dies_in_prepare(job, url):

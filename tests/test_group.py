@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -190,12 +189,6 @@ def test_split_operations_on_a_cpu_are_refused():
     x, ids, weights = make_input(CONFIG, 0, 4, 0)
     with pytest.raises(NotImplementedError, match="dispatch_start: the program must be for an NVIDIA GPU; got cpu"):
         nx.dispatch_start(x, ids, weights, config=CONFIG)
-
-
-def test_elastic_on_a_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(platform="gpu")])
-    with pytest.raises(ValueError, match="elastic must be False on a gpu, where groups are fixed so far; got True"):
-        nx.initialize(CONFIG, rank=0, members=[0], store="tcp://127.0.0.1:1", elastic=True)
 
 
 # --- NIXL absent, old, broken. ---

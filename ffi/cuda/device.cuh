@@ -239,9 +239,11 @@ __device__ __noinline__ static void Fail(Op& op, const Params& p, Failure why, i
   __threadfence_system();
   StoreRelaxed(&state.report->code, uint32_t(why));
   for (int r = 0; r < p.g.max_ranks; ++r) {
-    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, uint32_t(Notice::kFailed));
+    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, NoticeOf(op.stamp, Notice::kFailed));
   }
 }
+
+inline constexpr uint64_t kMercyNs = 150'000'000;  // _GRACE_S of elastic/boundary.py
 
 // Loads the operation. All threads of the block.
 __device__ inline void Begin(Op& op, const Params& p, bool sending) {
@@ -271,10 +273,11 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending) {
     const uint64_t overlapped = op.bank ? overlapped1 : overlapped0;
     op.deadline_ns = begun + timeout_ns;
     op.num_put_peers = int(state.num_put_peers);
-    // A peer began this operation after this rank began the one before, and gives up a timeout later. Half of it leaves
-    // room for clocks. With two operations in flight the other bank is of the one after.
+    // A peer began this operation after this rank began the one before, and gives up a timeout later, or is told to by
+    // the others, who give a rank kMercyNs. Half of it leaves room for clocks. With two operations in flight the other
+    // bank is of the one after.
     op.overlaps = sending ? finished != started : started != op.stamp;
-    op.safe_until_ns = op.overlaps ? 0 : other_begun + timeout_ns / 2;
+    op.safe_until_ns = op.overlaps ? 0 : other_begun + min(timeout_ns, kMercyNs) / 2;
     op.wait_for_bank = (overlapped != 0) & (overlapped == op.stamp - kBanks);
     op.flag = 0;
   }
@@ -295,6 +298,7 @@ __device__ __noinline__ static bool DecideTimeout(Op& op, const Params& p, int p
   if (timed_out) {
     state.peers[peer].masked = op.stamp;
     state.counters[peer].timeouts += 1;
+    StoreRelaxed(&state.report->gave_up, 1u);
     // Before anything that the peer may be reading is overwritten.
     SetNotice(op, p, peer, &NoticeCell::given_up, op.stamp);
     __threadfence_system();
@@ -308,6 +312,25 @@ __device__ inline bool GaveUp(const Op& op, const Params& p, int peer) {
   return stamp && stamp >> kEpochShift == op.stamp >> kEpochShift && stamp <= op.stamp;
 }
 
+// True if the peer said, in this epoch, that it stopped.
+__device__ inline bool HasStopped(const Op& op, const Params& p, int peer) {
+  const uint32_t notice = LoadRelaxed(&p.control->notices[peer].notice);
+  return notice == NoticeOf(op.stamp, Notice::kLeft) || notice == NoticeOf(op.stamp, Notice::kFailed);
+}
+
+// True if the host ends the operation, which waits for `peer`; else says whether it knows the peer to be dead. To be
+// asked now and then: it takes a trip to the host.
+__device__ __noinline__ static bool StoppedByHost(Op& op, const Params& p, int peer, bool& dead) {
+  const FailureReport& host = *p.control->state.report;
+  const auto stop = Stop(LoadRelaxed(&host.stop));
+  dead = LoadRelaxed(&host.dead[peer]) != 0;
+  if (stop == Stop::kNo) return false;
+  op.bad = 1;
+  if (stop == Stop::kInterrupt) Fail(op, p, Failure::kInterrupted, peer);
+  return true;
+}
+inline constexpr int kPollsPerTrip = 32;
+
 inline constexpr uint64_t kGraceNs = 1'000'000;  // far above the skew of the timer between blocks
 
 // Waits for one peer's message. One thread.
@@ -318,7 +341,8 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
   const uint64_t* counter = &cell.arrivals[(op.stamp >> kEpochShift) % kEpochSlots];
   const uint64_t wanted = ((op.stamp & ((uint64_t(1) << kEpochShift) - 1)) + 1) / kBanks;
   const Signal* signal = &cell.signal;
-  bool stopped = false;
+  bool stopped = false, dead = false;
+  int polls = 0;
   for (uint64_t first = 0;;) {
     const bool counted = !by_put || LoadAcquire(counter) >= wanted;
     const uint64_t tag = LoadRelaxed(&signal->tag), tokens = LoadRelaxed(&signal->num_tokens);
@@ -347,22 +371,24 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
       Fail(op, p, Failure::kPeerAhead, r);
       done = true;
     } else if (stopped) {  // and the message was still not there when looked for once more
-      const bool left = LoadRelaxed(&p.control->notices[r].notice) == uint32_t(Notice::kLeft);
+      const bool left = LoadRelaxed(&p.control->notices[r].notice) == NoticeOf(op.stamp, Notice::kLeft);
       Fail(op, p, left ? Failure::kPeerLeft : Failure::kPeerFailed, r);
       done = true;
-    } else if (now >= op.deadline_ns + kGraceNs && DecideTimeout(op, p, r, true)) {
+    } else if ((dead || now >= op.deadline_ns + kGraceNs) && DecideTimeout(op, p, r, true)) {
       op.live[r] = 0;
-      if (!state.mask_late_peers) Fail(op, p, Failure::kTimedOut, r);
+      if (!state.mask_late_peers) Fail(op, p, dead ? Failure::kPeerDead : Failure::kTimedOut, r);
       done = true;
-    } else if (LoadRelaxed(&state.closing) || LoadRelaxed(&state.failed)) {
+    } else if (LoadRelaxed(&state.failed)) {
       op.bad = 1;
       done = true;
+    } else if (++polls % kPollsPerTrip == 0) {
+      done = StoppedByHost(op, p, r, dead);
     }
     if (done) {
       if (blockIdx.x == 0) state.counters[r].wait_ns += now - first;
       return;
     }
-    stopped = LoadRelaxed(&p.control->notices[r].notice) != 0;
+    stopped = HasStopped(op, p, r);
   }
 }
 
@@ -376,8 +402,9 @@ __device__ inline void AwaitAll(Op& op, const Params& p) {
       const uint64_t tag = LoadRelaxed(&signal.tag), tokens = LoadRelaxed(&signal.num_tokens);
       const uint64_t check = LoadRelaxed(&signal.check), given_up = LoadRelaxed(&p.control->notices[r].given_up);
       const uint64_t stamp = LoadAcquire(&signal.stamp);
-      if ((stamp == op.stamp) & (check == Signal::Check(0, stamp, tag, tokens)) & (tag == p.tag) & (given_up == 0) &
-          (tokens <= uint64_t(p.g.max_tokens)) & (op.pointer[r] != nullptr) & (Now() < op.deadline_ns)) {
+      if ((stamp == op.stamp) & (check == Signal::Check(0, stamp, tag, tokens)) & (tag == p.tag) &
+          ((given_up ^ op.stamp) >> kEpochShift != 0) & (tokens <= uint64_t(p.g.max_tokens)) &
+          (op.pointer[r] != nullptr) & (Now() < op.deadline_ns)) {
         op.tokens[r] = int(tokens);
       } else {
         AwaitPeer(op, p, r);
@@ -454,7 +481,9 @@ __device__ __noinline__ static void AwaitBankSlow(Op& op, const Params& p) {
     if (!op.live[r]) continue;
     const NoticeCell& cell = p.control->notices[r];
     while (LoadAcquire(&cell.finished) < op.stamp - kBanks) {
-      if (LoadRelaxed(&cell.notice) || LoadRelaxed(&state.closing) || Now() > deadline) {
+      bool dead = false;
+      if (StoppedByHost(op, p, r, dead)) break;
+      if (dead || HasStopped(op, p, r) || Now() > deadline) {
         Fail(op, p, Failure::kNotFinished, r);
         break;
       }

@@ -3,11 +3,29 @@
 #include <sys/random.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
+#include <future>
 #include <map>
+#include <utility>
 
 namespace jax_nixlep::cuda {
+
+// Host memory that the GPU can reach: copies to and from it go straight, and kernels may use it.
+struct HostBlock {
+  FailureReport report;
+  DeviceState to_write;
+  PeerEntry peer;
+  PeerCounters counters;
+  uint64_t word, given_up;
+  uint32_t wanted[2 * kMaxRanks];
+  std::byte* pointers[2 * kMaxRanks];
+};
+
 namespace {
 
 void Check(cudaError_t status, const char* what) {
@@ -29,11 +47,11 @@ class OnDevice {
   int before_ = 0;
 };
 
-// Device memory that outlives endpoints. The control block is found by captured graphs, a region by peers that are slow
-// to leave; so neither is freed, and a later endpoint takes them over.
+// Memory that outlives endpoints. The control block is found by captured graphs, a region by peers that are slow to
+// leave; so neither is freed, and a later endpoint takes them over.
 struct DeviceMemory {
   Control* control = nullptr;
-  FailureReport* report = nullptr;
+  HostBlock* host = nullptr;
   std::multimap<size_t, std::byte*> free_regions;
   bool in_use = false;
 };
@@ -68,6 +86,9 @@ int NumSms(int device) {
   return std::min(wanted, all);
 }
 
+constexpr std::chrono::milliseconds kWatch{20};  // between two looks at whether the peers live
+constexpr std::chrono::seconds kViewTimeout{30};
+
 bool PointersAllowed() {
   const char* text = std::getenv("JAX_NIXLEP_P2P");
   return !text || std::string(text) != "0";
@@ -84,11 +105,16 @@ CudaEndpoint::CudaEndpoint(const EndpointOptions& options, int device)
   OnDevice current(device_);
   if (getrandom(&nonce_, sizeof(nonce_), 0) != sizeof(nonce_)) throw EpError("endpoint: getrandom failed");
   nonce_ |= 1;
+  page_ = SharedMemory::Create(sizeof(nonce_));
+  std::memcpy(page_.data(), &nonce_, sizeof(nonce_));
   num_sms_ = NumSms(device_);
   Check(Preload(), "loading the kernels");
-  Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
+  for (cudaStream_t* stream : {&stream_, &background_}) {
+    Check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking), "creating a stream");
+  }
   Check(cudaMalloc(&scratch_, ScratchBytes(geometry_)), "allocating the routing plan");
-  peers_.resize(size_t(capacity().max_ranks));
+  const auto num_ranks = size_t(capacity().max_ranks);
+  links_.resize(num_ranks), pages_.resize(num_ranks), members_.resize(num_ranks);
 
   std::lock_guard lock(memory_mutex);
   DeviceMemory& memory = Memories()[device_];
@@ -98,12 +124,12 @@ CudaEndpoint::CudaEndpoint(const EndpointOptions& options, int device)
   }
   if (!memory.control) {
     Check(cudaMalloc(&memory.control, sizeof(Control)), "allocating the control block");
-    Check(cudaHostAlloc(&memory.report, sizeof(FailureReport), cudaHostAllocMapped), "allocating the failure report");
+    Check(cudaHostAlloc(&memory.host, sizeof(HostBlock), cudaHostAllocMapped), "allocating host memory");
   }
   region_ = TakeRegion(memory, num_bytes());
   control_ = memory.control;
-  report_ = memory.report;
-  std::memset(report_, 0, sizeof(*report_));
+  host_ = memory.host;
+  std::memset(static_cast<void*>(host_), 0, sizeof(*host_));
   Check(cudaMemset(control_, 0, sizeof(Control)), "clearing the control block");
   Check(cudaDeviceSynchronize(), "clearing the symmetric memory");
   memory.in_use = true;
@@ -116,163 +142,323 @@ CudaEndpoint::~CudaEndpoint() {
   }
 }
 
+bool CudaEndpoint::MapPeer(int peer, int pid, int fd, uint64_t nonce) {
+  try {
+    auto page = std::make_unique<SharedMemory>(SharedMemory::Open(pid, fd, sizeof(nonce)));
+    if (std::memcmp(page->data(), &nonce, sizeof(nonce)) == 0) {
+      std::lock_guard lock(mutex_);
+      pages_.at(size_t(peer)) = std::move(page);
+      if (!closed_ && !watch_.joinable()) watch_ = std::jthread([this](std::stop_token stop) { Watch(stop); });
+    }
+  } catch (const std::runtime_error&) {  // another machine or container: its ids mean something else here
+  }
+  return false;
+}
+
+bool CudaEndpoint::PeerAlive(int peer) const {
+  std::lock_guard lock(mutex_);
+  const auto& page = pages_.at(size_t(peer));
+  return !page || page->OwnerAlive();
+}
+
+void CudaEndpoint::Watch(std::stop_token stop) {
+  while (!stop.stop_requested()) {
+    std::this_thread::sleep_for(kWatch);
+    std::lock_guard lock(mutex_);
+    for (size_t r = 0; r < pages_.size(); ++r) {
+      const bool dead = members_[r] && pages_[r] && !pages_[r]->OwnerAlive();
+      std::atomic_ref(host_->report.dead[r]).store(dead, std::memory_order_relaxed);
+    }
+  }
+}
+
+bool CudaEndpoint::ShowsDeath(int peer) const {
+  std::lock_guard lock(mutex_);
+  return pages_.at(size_t(peer)) != nullptr;
+}
+
 // What peers need beside NIXL's metadata and the base of the region.
 struct Place {
   uint64_t control;
   int32_t device;
 };
 
+// NIXL waits without end for a rank that dies while it is being connected.
+constexpr const char* kStuck =
+    "endpoint: a rank that is being connected must answer; got none for 30 s, and NIXL waits on; start this rank "
+    "again, "
+    "it cannot connect to others any more";
+
 std::string CudaEndpoint::OpenNixl(const std::string& library, const std::string& name) {
-  std::lock_guard lock(mutex_);
+  std::lock_guard connect(connect_);
   OnDevice current(device_);
+  if (stuck_) throw EpError(kStuck);
   if (!nixl_) {
     auto agent = std::make_unique<NixlAgent>(library, name, device_);
+    const auto control = reinterpret_cast<std::byte*>(control_);
     agent->Register(region_, num_bytes());
-    agent->Register(reinterpret_cast<std::byte*>(control_), sizeof(Control));
+    agent->Register(control, sizeof(Control));
+    const NixlAgent::ViewRow own[] = {{reinterpret_cast<uint64_t>(region_), num_bytes(), device_},
+                                      {reinterpret_cast<uint64_t>(control_), sizeof(Control), device_}};
+    local_view_ = agent->LocalView(own);
     nixl_ = std::move(agent);
   }
   const Place place{reinterpret_cast<uint64_t>(control_), device_};
   return std::string(reinterpret_cast<const char*>(&place), sizeof(place)) + nixl_->Metadata();
 }
 
-void CudaEndpoint::ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base, uint64_t /*nonce*/) {
-  std::lock_guard lock(mutex_);
+void CudaEndpoint::ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base, uint64_t nonce) {
+  std::lock_guard connect(connect_);
   OnDevice current(device_);
+  if (stuck_) throw EpError(kStuck);
   Place place;
   if (metadata.size() <= sizeof(place)) throw EpError("endpoint: metadata must come from a peer's open_nixl");
   std::memcpy(&place, metadata.data(), sizeof(place));
-  Peer& p = peers_.at(size_t(peer));
-  p.agent = nixl_->Connect(metadata.substr(sizeof(place)));
-  p.device = place.device;
-  p.remote_base = remote_base;
-  p.remote_control = place.control;
+  std::shared_ptr<Link>& link = links_.at(size_t(peer));
+  std::vector<std::shared_ptr<void>> over;
+  {
+    std::lock_guard lock(mutex_);
+    over.swap(retired_);
+    over.push_back(std::exchange(link, nullptr));
+    over.push_back(std::exchange(next_views_, nullptr));
+    // NIXL refuses to know one agent twice: what kernels may still use is used on.
+    if (views_ && views_->links[size_t(peer)] && views_->links[size_t(peer)]->nonce == nonce) {
+      link = views_->links[size_t(peer)];
+      return;
+    }
+  }
+  over.clear();
+  std::shared_ptr<Link> made(new Link{.nixl = nixl_.get(),
+                                      .agent = nixl_->Connect(metadata.substr(sizeof(place))),
+                                      .nonce = nonce,
+                                      .base = remote_base,
+                                      .control = place.control,
+                                      .device = place.device});
+  std::lock_guard lock(mutex_);
+  link = std::move(made);
 }
 
 void CudaEndpoint::DropPeer(int peer) {
   std::lock_guard lock(mutex_);
-  OnDevice current(device_);
-  Peer& p = peers_.at(size_t(peer));
-  if (p.agent.empty()) return;
-  // The views hold the connection: they go first, and Activate makes them anew.
-  Check(cudaDeviceSynchronize(), "finishing before a peer is dropped");
-  ReleaseViews();
-  nixl_->Disconnect(p.agent);
-  p = {};
+  retired_.push_back(std::exchange(links_.at(size_t(peer)), nullptr));
+  pages_[size_t(peer)].reset();
 }
 
-void CudaEndpoint::ReleaseViews() {
-  for (void** view : {&remote_view_, &local_view_}) {
-    if (*view) nixl_->ReleaseView(*view);
-    *view = nullptr;
+CudaEndpoint::Links CudaEndpoint::LinksOf(std::span<const int> members) const {
+  Links links(links_.size());
+  for (int r : members) {
+    if (r == rank()) continue;
+    links[size_t(r)] = links_.at(size_t(r));
+    if (links[size_t(r)]) continue;
+    throw EpError("endpoint: rank " + std::to_string(r) + " is to be a member but is not connected");
   }
+  return links;
+}
+
+std::shared_ptr<CudaEndpoint::Views> CudaEndpoint::MakeViews(Links links) {
+  const int R = capacity().max_ranks;
+  std::vector<NixlAgent::ViewRow> rows(size_t(2 * R));
+  std::fill_n(host_->wanted, 2 * R, 0);
+  for (int r = 0; r < R; ++r) {
+    const Link* link = links[size_t(r)].get();
+    if (!link) continue;
+    const int region = RegionRow(r), control = ControlRow(r, R);
+    rows[size_t(region)] = {link->base, num_bytes(), link->device, link->agent};
+    rows[size_t(control)] = {link->control, sizeof(Control), link->device, link->agent};
+    host_->wanted[region] = host_->wanted[control] = PointersAllowed();
+  }
+  auto views = std::make_shared<Views>();
+  views->links = std::move(links);
+  views->nixl = nixl_.get();
+  std::promise<void*> made;
+  std::future<void*> remote = made.get_future();
+  std::thread([rows = std::move(rows), made = std::move(made), nixl = nixl_.get(), device = device_]() mutable {
+    try {
+      OnDevice current(device);
+      made.set_value(nixl->RemoteView(rows));
+    } catch (...) {
+      made.set_exception(std::current_exception());
+    }
+  }).detach();
+  if (remote.wait_for(kViewTimeout) != std::future_status::ready) {
+    stuck_ = true;
+    new Links(std::move(views->links));  // stays: ending a connection would wait, too
+    throw EpError(kStuck);
+  }
+  views->remote = remote.get();
+  Check(FindPointers(views->remote, 2 * R, host_->wanted, host_->pointers, background_),
+        "looking for pointers to the peers");
+  Check(cudaStreamSynchronize(background_), "looking for pointers to the peers");
+  views->pointers.assign(host_->pointers, host_->pointers + 2 * R);
+  for (int r = 0; r < R; ++r) {  // both or none
+    auto &region = views->pointers[size_t(RegionRow(r))], &control = views->pointers[size_t(ControlRow(r, R))];
+    if (!region || !control) region = control = nullptr;
+  }
+  return views;
+}
+
+void CudaEndpoint::Prepare(std::span<const int> members) {
+  std::lock_guard connect(connect_);
+  OnDevice current(device_);
+  std::vector<std::shared_ptr<void>> over;
+  Links wanted;
+  bool there = false;
+  {
+    std::lock_guard lock(mutex_);
+    if (closed_ || stuck_) return;
+    over.swap(retired_);
+    const bool connected = std::all_of(members.begin(), members.end(),
+                                       [&](int r) { return r == rank() || links_.at(size_t(r)) != nullptr; });
+    wanted = connected ? LinksOf(members) : Links(links_.size());
+    there = next_views_ && next_views_->links == wanted;
+    if (!there) over.push_back(std::exchange(next_views_, nullptr));
+    there = there || wanted == Links(links_.size()) || (views_ && views_->links == wanted);
+  }
+  over.clear();
+  if (there) return;
+  auto made = MakeViews(std::move(wanted));
+  std::lock_guard lock(mutex_);
+  next_views_ = std::move(made);
 }
 
 void CudaEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
-  std::lock_guard lock(mutex_);
   OnDevice current(device_);
-  for (Peer& peer : peers_) peer.member = false;
-  for (int r : members) {
-    Peer& peer = peers_.at(size_t(r));
-    if (r != rank() && peer.agent.empty()) {
-      throw EpError("endpoint: rank " + std::to_string(r) + " is to be a member but is not connected");
-    }
-    peer.member = true;
-  }
   Check(cudaDeviceSynchronize(), "finishing before the membership changes");
-
   const int R = capacity().max_ranks;
-  std::vector<std::byte*> pointers(size_t(2 * R), nullptr);  // as the rows of the view
-  const bool alone = std::none_of(members.begin(), members.end(), [&](int r) { return r != rank(); });
-  if (nixl_) ReleaseViews();
-  if (!alone) {
-    using Row = NixlAgent::ViewRow;
-    const auto control = reinterpret_cast<uint64_t>(control_), region = reinterpret_cast<uint64_t>(region_);
-    const Row own[] = {Row{region, num_bytes(), device_}, Row{control, sizeof(Control), device_}};
-    std::vector<Row> rows(size_t(2 * R));
-    std::vector<uint32_t> wanted(size_t(2 * R), 0);
-    for (int r = 0; r < R; ++r) {
-      const Peer& peer = peers_[size_t(r)];
-      if (!peer.member || r == rank()) continue;
-      const size_t region_row = size_t(RegionRow(r)), control_row = size_t(ControlRow(r, R));
-      rows[region_row] = {peer.remote_base, num_bytes(), peer.device, peer.agent};
-      rows[control_row] = {peer.remote_control, sizeof(Control), peer.device, peer.agent};
-      wanted[region_row] = wanted[control_row] = PointersAllowed();
+  Links wanted;  // by the members
+  // Views of more peers than the members will do: kernels use the rows of members only.
+  auto serves = [&](const std::shared_ptr<Views>& views) {
+    for (size_t r = 0; r < wanted.size(); ++r) {
+      if (wanted[r] && !(views && views->links[r] == wanted[r])) return false;
     }
-    local_view_ = nixl_->LocalView(own);
-    remote_view_ = nixl_->RemoteView(rows);
-    uint32_t* device_wanted = nullptr;
-    std::byte** device_pointers = nullptr;
-    const size_t wanted_bytes = wanted.size() * sizeof(uint32_t), pointer_bytes = pointers.size() * sizeof(std::byte*);
-    Check(cudaMalloc(&device_wanted, wanted_bytes), "allocating");
-    Check(cudaMalloc(&device_pointers, pointer_bytes), "allocating");
-    Check(cudaMemcpy(device_wanted, wanted.data(), wanted_bytes, cudaMemcpyHostToDevice), "copying");
-    Check(FindPointers(remote_view_, 2 * R, device_wanted, device_pointers, stream_),
-          "looking for pointers to the peers");
-    Check(cudaStreamSynchronize(stream_), "looking for pointers to the peers");
-    Check(cudaMemcpy(pointers.data(), device_pointers, pointer_bytes, cudaMemcpyDeviceToHost), "copying");
-    cudaFree(device_wanted), cudaFree(device_pointers);
+    return true;
+  };
+  bool ready = false;
+  {
+    std::lock_guard lock(mutex_);
+    wanted = LinksOf(members);
+    if (closed_) throw EpError("endpoint: it is closed; it cannot begin an epoch");
+    ready = serves(views_) || serves(next_views_);
   }
+  if (!ready) Prepare(members);
+  const bool alone = wanted == Links(wanted.size());
 
-  auto state = std::make_unique<DeviceState>();
-  Check(cudaMemcpy(state.get(), &control_->state, sizeof(DeviceState), cudaMemcpyDeviceToHost), "reading the state");
-  const DeviceState before = *state;
-  std::memset(static_cast<void*>(state.get()), 0, sizeof(DeviceState));
-  state->region = region_;
-  state->scratch = scratch_;
-  state->report = report_;
-  state->rank = rank();
-  state->active = 1;
-  state->mask_late_peers = options_.mask_late_peers;
-  state->timeout_ns = uint64_t(options_.timeout_s * 1e9);
-  state->geometry = geometry_;
-  state->started = state->current = state->finished = uint64_t(epoch) << kEpochShift;
-  state->local_view = local_view_;
-  state->remote_view = remote_view_;
-  state->operations = before.operations;
-  state->dropped_rows = before.dropped_rows;
-  state->invalid_ids = before.invalid_ids;
+  std::lock_guard lock(mutex_);
+  // Who is out, and perhaps does not know it, may still be reading what this rank is about to overwrite.
+  host_->given_up = uint64_t(epoch_) << kEpochShift | 1;
   for (int r = 0; r < R; ++r) {
-    Peer& peer = peers_[size_t(r)];
-    auto* control = r == rank() ? control_ : reinterpret_cast<Control*>(pointers[size_t(ControlRow(r, R))]);
-    peer.pointer = r == rank() ? region_ : control ? pointers[size_t(RegionRow(r))] : nullptr;
-    state->peers[r].pointer = peer.pointer;
-    state->peers[r].control = control;
-    state->peers[r].member = peer.member;
-    state->num_put_peers += peer.member && !peer.pointer;
-    state->counters[r] = before.counters[r];
+    if (!members_[size_t(r)] || r == rank() || std::find(members.begin(), members.end(), r) != members.end()) continue;
+    auto* control = reinterpret_cast<Control*>(views_->pointers[size_t(ControlRow(r, R))]);
+    if (!control) continue;  // it reads its own memory only
+    Check(cudaMemcpyAsync(&control->notices[rank()].given_up, &host_->given_up, sizeof(host_->given_up),
+                          cudaMemcpyHostToDevice, stream_),
+          "telling a rank that it is out");
   }
-  std::memset(report_, 0, sizeof(*report_));
-  // Counters of the coming epoch start at zero; late adders of an earlier one use other slots.
+  if (alone) {
+    retired_.push_back(std::exchange(views_, nullptr));
+  } else if ((next_views_ && next_views_->links == wanted) || (serves(next_views_) && !serves(views_))) {
+    retired_.push_back(std::exchange(views_, std::exchange(next_views_, nullptr)));
+  } else if (!serves(views_)) {
+    throw EpError("endpoint: the members were connected anew while an epoch began");
+  }
+  DeviceState& state = host_->to_write;
+  std::memset(static_cast<void*>(&state), 0, sizeof(state));
+  state.region = region_;
+  state.scratch = scratch_;
+  state.report = &host_->report;
+  state.rank = rank();
+  state.active = 1;
+  state.mask_late_peers = options_.mask_late_peers;
+  state.timeout_ns = uint64_t(options_.timeout_s * 1e9);
+  state.geometry = geometry_;
+  state.started = state.current = state.finished = uint64_t(epoch) << kEpochShift;
+  state.local_view = local_view_;
+  state.remote_view = views_ ? views_->remote : nullptr;
+  members_.assign(members_.size(), false);
+  for (int r : members) {
+    members_[size_t(r)] = true;
+    PeerEntry& peer = state.peers[r];
+    peer.pointer = r == rank() ? region_ : views_->pointers[size_t(RegionRow(r))];
+    peer.control = r == rank() ? control_ : reinterpret_cast<Control*>(views_->pointers[size_t(ControlRow(r, R))]);
+    peer.member = 1;
+    state.num_put_peers += !peer.pointer;
+  }
+  host_->report.code = uint32_t(cuda::Failure::kNone);
+  host_->report.gave_up = 0;
+  std::atomic_ref(host_->report.stop).store(uint32_t(Stop::kNo));
+  // Up to what is counted as long as the endpoint lives.
+  Check(cudaMemcpyAsync(&control_->state, &state, offsetof(DeviceState, operations), cudaMemcpyHostToDevice, stream_),
+        "writing the state");
+  Check(cudaStreamSynchronize(stream_), "writing the state");
+  // Counters of coming epochs start at zero. Not those of this one, which peers may have begun before this rank: they
+  // were cleared an epoch ago. Alone, nobody adds.
   for (int bank = 0; bank < kBanks; ++bank) {
-    uint64_t* counters = &control_->signals[bank][0].arrivals[epoch % kEpochSlots];
-    Check(cudaMemset2D(counters, sizeof(SignalCell), 0, sizeof(uint64_t), size_t(R)), "clearing the counters");
+    for (int ahead = alone ? 0 : 1; ahead < kEpochSlots; ++ahead) {
+      uint64_t* counters = &control_->signals[bank][0].arrivals[(epoch + ahead) % kEpochSlots];
+      Check(cudaMemset2DAsync(counters, sizeof(SignalCell), 0, sizeof(uint64_t), size_t(R), background_),
+            "clearing the counters");
+    }
   }
-  Check(cudaMemset(control_->notices, 0, sizeof(control_->notices)), "clearing the notices");
-  Check(cudaMemcpy(&control_->state, state.get(), sizeof(DeviceState), cudaMemcpyHostToDevice), "writing the state");
-  Check(cudaDeviceSynchronize(), "activating");
   epoch_ = epoch;
   active_ = true;
 }
 
-void CudaEndpoint::Close() {
-  std::lock_guard lock(mutex_);
+void CudaEndpoint::Interrupt() {
   if (closed_) return;
-  closed_ = true;
+  uint32_t expected = uint32_t(Stop::kNo);
+  std::atomic_ref(host_->report.stop).compare_exchange_strong(expected, uint32_t(Stop::kInterrupt));
+}
+
+void CudaEndpoint::Drain() {
   OnDevice current(device_);
-  const uint32_t one = 1, zero = 0;
+  Check(cudaDeviceSynchronize(), "waiting for the operations to end");
+  std::lock_guard lock(mutex_);
+  if (!views_ || !next_views_ || closed_) return;
+  for (size_t r = 0; r < members_.size(); ++r) {
+    const auto& link = int(r) == rank() || !members_[r] ? nullptr : views_->links[r];
+    if (next_views_->links[r] != link) return;
+  }
+  // The same members and connections, without those that are out: nothing keeps them any more.
+  host_->word = reinterpret_cast<uint64_t>(next_views_->remote);
+  void** field = &control_->state.remote_view;
+  Check(cudaMemcpyAsync(field, &host_->word, sizeof(*field), cudaMemcpyHostToDevice, stream_), "changing the view");
+  Check(cudaStreamSynchronize(stream_), "changing the view");
+  retired_.push_back(std::exchange(views_, std::exchange(next_views_, nullptr)));
+}
+
+void CudaEndpoint::Close() {
+  {
+    std::lock_guard lock(mutex_);
+    if (closed_) return;
+    closed_ = true;
+    std::atomic_ref(host_->report.stop).store(uint32_t(Stop::kClose));  // ends kernels that wait
+  }
+  if (watch_.joinable()) watch_.request_stop(), watch_.join();
+  std::lock_guard connect(connect_);
+  std::lock_guard lock(mutex_);
+  OnDevice current(device_);
+  const uint32_t zero = 0;
   if (active_) {
-    // Ends a kernel that waits; then says goodbye, unless the peers know worse.
-    Check(cudaMemcpyAsync(&control_->state.closing, &one, sizeof(one), cudaMemcpyHostToDevice, stream_), "closing");
-    if (!report_->code) Check(Notify(control_, geometry_, Notice::kLeft, stream_), "telling the peers");
-    Check(cudaStreamSynchronize(stream_), "closing");
+    // Says goodbye, unless the peers know worse.
+    if (!host_->report.code) Check(Notify(control_, geometry_, Notice::kLeft, stream_), "telling the peers");
     Check(cudaDeviceSynchronize(), "closing");
     Check(cudaMemcpy(&control_->state.active, &zero, sizeof(zero), cudaMemcpyHostToDevice), "closing");
   }
   active_ = false;
-  if (nixl_) ReleaseViews();
-  nixl_.reset();
+  if (!stuck_) {
+    views_.reset(), next_views_.reset();
+    links_.assign(links_.size(), nullptr);
+    retired_.clear();
+    if (local_view_) nixl_->ReleaseView(local_view_);
+    nixl_.reset();
+  } else {  // what NIXL holds goes with the process
+    for (auto* views : {&views_, &next_views_}) new std::shared_ptr<Views>(std::move(*views));
+    new Links(std::move(links_));
+    new std::vector<std::shared_ptr<void>>(std::move(retired_));
+    static_cast<void>(nixl_.release());
+  }
   cudaFree(scratch_);
-  cudaStreamDestroy(stream_);
+  cudaStreamDestroy(stream_), cudaStreamDestroy(background_);
   std::lock_guard memory_lock(memory_mutex);
   DeviceMemory& memory = Memories()[device_];
   memory.free_regions.emplace(num_bytes(), region_);
@@ -281,46 +467,70 @@ void CudaEndpoint::Close() {
 
 template <typename T>
 T CudaEndpoint::Read(const T& field) const {
+  static_assert(sizeof(T) == sizeof(host_->word));
   std::lock_guard lock(mutex_);
-  T value{};
-  if (closed_) return value;
+  if (closed_) return T{};
   OnDevice current(device_);
-  Check(cudaMemcpyAsync(&value, &field, sizeof(T), cudaMemcpyDeviceToHost, stream_), "reading the state");
+  Check(cudaMemcpyAsync(&host_->word, &field, sizeof(T), cudaMemcpyDeviceToHost, stream_), "reading the state");
   Check(cudaStreamSynchronize(stream_), "reading the state");
-  return value;
+  return T(host_->word);
+}
+
+const char* CudaEndpoint::PathTo(int peer) const {
+  const auto r = size_t(peer);
+  if (peer == rank()) return "self";
+  for (const auto& views : {views_, next_views_}) {
+    if (views && views->links[r] && (views->links[r] == links_[r] || (members_[r] && views == views_))) {
+      return views->pointers[size_t(RegionRow(peer))] ? "pointer" : "put";
+    }
+  }
+  return links_[r] ? "put" : "none";
 }
 
 PeerHealth CudaEndpoint::Health(int peer) const {
-  const Peer& p = peers_.at(size_t(peer));
-  const PeerCounters counters = Read(control_->state.counters[peer]);
-  const bool masked = Read(control_->state.peers[peer].masked) != 0;
-  const char* path = peer == rank() ? "self" : !p.member ? "none" : p.pointer ? "pointer" : "put";
+  std::lock_guard lock(mutex_);
+  if (closed_) return {};
+  OnDevice current(device_);
+  const DeviceState& state = control_->state;
+  auto copy = [&](auto& to, const auto& from) {
+    Check(cudaMemcpyAsync(&to, &from, sizeof(to), cudaMemcpyDeviceToHost, stream_), "reading the state");
+  };
+  copy(host_->peer, state.peers[peer]);
+  copy(host_->counters, state.counters[peer]);
+  Check(cudaStreamSynchronize(stream_), "reading the state");
+  const PeerCounters& counters = host_->counters;
   return {.bytes_out = counters.bytes_out,
           .bytes_in = counters.bytes_in,
           .wait_us = counters.wait_ns / 1000,
           .timeouts = counters.timeouts,
-          .member = p.member,
-          .masked = masked,
-          .path = path};
+          .member = members_.at(size_t(peer)),
+          .masked = host_->peer.masked != 0,
+          .path = PathTo(peer)};
 }
 
 uint64_t CudaEndpoint::num_operations() const { return Read(control_->state.operations); }
 uint64_t CudaEndpoint::dropped_rows() const { return Read(control_->state.dropped_rows); }
 uint64_t CudaEndpoint::invalid_ids() const { return Read(control_->state.invalid_ids); }
 
+bool CudaEndpoint::GaveUp() const { return !closed_ && std::atomic_ref(host_->report.gave_up).load() != 0; }
+
 std::string CudaEndpoint::Failure() const {
-  const auto code = cuda::Failure(reinterpret_cast<volatile const uint32_t&>(report_->code));
-  if (code == cuda::Failure::kNone) return "";
-  const std::string what = OpTag::Name(report_->tag) + " (operation " +
-                           std::to_string(report_->stamp & (kTimedOutBit - 1)) + " of epoch " +
-                           std::to_string(report_->stamp >> kEpochShift) + "): ";
-  const std::string who = "rank " + std::to_string(report_->peer);
+  if (closed_) return "";
+  FailureReport& report = host_->report;
+  const auto code = cuda::Failure(std::atomic_ref(report.code).load());
+  if (code == cuda::Failure::kNone) {
+    return std::atomic_ref(report.stop).load() == uint32_t(Stop::kInterrupt) ? "the members changed" : "";
+  }
+  const std::string what = OpTag::Name(report.tag) + " (operation " +
+                           std::to_string(report.stamp & (kTimedOutBit - 1)) + " of epoch " +
+                           std::to_string(report.stamp >> kEpochShift) + "): ";
+  const std::string who = "rank " + std::to_string(report.peer);
   switch (code) {
     case cuda::Failure::kTimedOut:
       return what + who + " did not arrive within " + std::to_string(options_.timeout_s) +
              " s; check that rank's output, or raise timeout_s if it is only slow";
     case cuda::Failure::kOtherOp:
-      return what + who + " runs " + OpTag::Name(report_->other_tag) +
+      return what + who + " runs " + OpTag::Name(report.other_tag) +
              " at the same place; every member must run the same operations in the same order: run the same program, "
              "and pass after= between operations that do not depend on each other";
     case cuda::Failure::kPeerAhead:
@@ -335,6 +545,10 @@ std::string CudaEndpoint::Failure() const {
       return what + "handle must be the one dispatch returned; got rows outside it; pass received.handle unchanged";
     case cuda::Failure::kOverwritten:
       return what + who + " went on while its data was read";
+    case cuda::Failure::kPeerDead:
+      return what + who + " is dead; check that rank's output";
+    case cuda::Failure::kInterrupted:
+      return what + "the members changed while it waited for " + who;
     default:
       return what + who + " did not finish an earlier operation; finish each started operation before the second next";
   }

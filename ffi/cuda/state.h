@@ -23,11 +23,16 @@ static_assert(sizeof(SignalCell) == kAlign);
 
 // One peer's cell of notices.
 struct alignas(kAlign) NoticeCell {
-  uint32_t notice;  // Notice
+  uint32_t notice;  // NoticeOf
   uint32_t unused;
   uint64_t finished;  // stamp of the last split operation that the peer has finished reading
   uint64_t given_up;  // stamp of the operation in which the peer went on without this rank
 };
+
+// Why a peer stopped, and in which epoch: it says nothing about a later one.
+constexpr uint32_t NoticeOf(uint64_t stamp, Notice notice) {
+  return uint32_t(stamp >> kEpochShift) << 16 | uint32_t(notice);
+}
 
 // The numbers of Layout, evaluated once.
 struct Geometry {
@@ -64,13 +69,27 @@ enum class Failure : uint32_t {
   kBadHandle,
   kOverwritten,  // a peer went on while its data was read
   kNotFinished,  // more than two operations were started and not finished
+  kInterrupted,  // by the host
+  kPeerDead,
 };
 
-// In host memory that kernels can write; `code` comes last.
+// What the host asks of kernels that wait.
+enum class Stop : uint32_t {
+  kNo = 0,
+  kInterrupt,  // fail
+  kClose,      // end, and let the host say goodbye
+};
+
+// In host memory that kernels can read and write: neither side ever waits for the other, or for a kernel, to use it.
+// `code` is written after what comes before it.
 struct FailureReport {
   uint64_t stamp, tag, other_tag;
   int32_t peer;
   uint32_t code;
+  uint32_t gave_up;  // a peer was, in this epoch
+  // Written by the host.
+  uint32_t stop;  // Stop
+  uint32_t dead[kMaxRanks];
 };
 
 struct Control;
@@ -100,7 +119,6 @@ struct DeviceState {
   int32_t rank;
   uint32_t active;
   uint32_t failed;  // Failure
-  uint32_t closing;
   uint32_t mask_late_peers;
   uint32_t num_put_peers;
   Geometry geometry;
@@ -112,6 +130,7 @@ struct DeviceState {
   // Blocks that passed a point of the running kernel; back at zero when the last one has.
   uint32_t heads, tails, arrivals[kMaxRanks];
   uint32_t invalid_now;
+  // From here on: counted as long as the endpoint lives. What is above is written anew for each epoch.
   unsigned long long operations, dropped_rows, invalid_ids;
   PeerCounters counters[kMaxRanks];
 };

@@ -142,20 +142,27 @@ void Endpoint::Interrupt() {
   Ring(base());
 }
 
+bool Endpoint::GaveUp() const {
+  return std::any_of(peers_.begin(), peers_.end(), [](const auto& peer) { return peer->masked.load(); });
+}
+
 std::string Endpoint::Failure() const {
   std::lock_guard lock(failure_lock_);
   return interrupted_ && failure_.empty() ? "the members changed" : failure_;
 }
 
-bool Endpoint::PeerAlive(int peer) const {
+std::shared_ptr<SharedMemory> Endpoint::MemoryOf(int peer) const {
   const Peer& p = *peers_.at(peer);
-  std::shared_ptr<SharedMemory> memory;
-  {
-    std::lock_guard lock(links_);
-    memory = p.memory;
-  }
+  std::lock_guard lock(links_);
+  return p.memory;
+}
+
+bool Endpoint::PeerAlive(int peer) const {
+  const auto memory = MemoryOf(peer);
   return !memory || memory->OwnerAlive();
 }
+
+bool Endpoint::ShowsDeath(int peer) const { return MemoryOf(peer) != nullptr; }
 
 void Endpoint::Ring(std::byte* region) const {
   Layout::Control& owner = control(region);

@@ -78,6 +78,8 @@ class Endpoint {
   // Reaches `peer` with one-sided writes into its region at `remote_base`; replaces a mapping.
   void ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base, uint64_t nonce);
   void DropPeer(int peer);
+  // Nothing: what connecting did is all that Activate needs.
+  void Prepare(std::span<const int> /*members*/) {}
   // Starts `epoch` with `members`; operations are numbered anew. Members must be connected, or be this rank.
   void Activate(uint16_t epoch, std::span<const int> members);
 
@@ -87,6 +89,7 @@ class Endpoint {
   void Drain() { std::lock_guard lock(busy_); }
   // False once a peer in shared memory is known to be dead. Any thread, any time.
   bool PeerAlive(int peer) const;
+  bool ShowsDeath(int peer) const;  // whether PeerAlive would tell
 
   // Tells the peers that this rank leaves and ends a waiting operation. Idempotent.
   void Close();
@@ -94,6 +97,7 @@ class Endpoint {
   // --- Reading; any thread, any time. ---
   // Why no operation can run until the next Activate; empty if they can.
   std::string Failure() const;
+  bool GaveUp() const;  // a member, since Activate
   PeerHealth Health(int peer) const;
   uint64_t num_operations() const { return num_operations_.load(); }
   uint16_t epoch() const { return epoch_.load(); }
@@ -119,6 +123,7 @@ class Endpoint {
   }
   // How `peer` is reached from now on, instead of how it was until now.
   void Link(int peer, std::shared_ptr<SharedMemory> memory, std::string agent, uint64_t remote_base, uint64_t nonce);
+  std::shared_ptr<SharedMemory> MemoryOf(int peer) const;
   void Ring(std::byte* region) const;  // wakes the owner of `region`
   void SleepUntilRung(uint32_t seen, std::chrono::microseconds at_most);
   void NotifyPeers(Notice notice);

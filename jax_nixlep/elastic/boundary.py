@@ -88,8 +88,7 @@ class Boundary:
 
     def ok(self) -> bool:
         """Whether every operation since the last `step` had all members."""
-        members = self._shared.members
-        return not self._endpoint.failure() and not any(self._endpoint.health(r)["masked"] for r in members)
+        return not self._endpoint.failure() and not self._endpoint.gave_up()
 
     def healing(self, state: State) -> bool:
         """Experts that were lost are about to come back: results would be wrong until then."""

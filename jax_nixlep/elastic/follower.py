@@ -124,9 +124,11 @@ class Follower:
         idle = self._worker is None or not self._worker.is_alive()
         if change is None and idle:
             with shared.cond:  # forgets ranks that were connected for a change that did not happen
-                serves = shared.applied and shared.applied == state.epoch
-                if serves or (me not in state.members and not shared.applied):
-                    self._links.keep(shared.members)
+                members, serves = shared.members, shared.applied and shared.applied == state.epoch
+                if settled := serves or (me not in state.members and not shared.applied):
+                    self._links.keep(members)
+            if settled:
+                self._links.tidy(members)
         with shared.cond:
             late = me not in state.members and shared.applied  # the thread that steps has yet to find itself out
         if late or self._boundary.stranger(state):

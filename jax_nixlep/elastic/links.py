@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ Exchange = Callable[[str, Any, Collection[int]], dict[int, Any]]
 
 
 class Links:
-    """Connects an endpoint to ranks and drops them again. Thread-safe; one thread at a time connects."""
+    """Connects an endpoint to ranks and drops them again. Thread-safe; one thread at a time connects or tidies."""
 
     def __init__(self, endpoint: _ffi.Endpoint, rank: int):
         self._endpoint, self._rank = endpoint, rank
@@ -43,7 +44,7 @@ class Links:
         mine = {str(rank): self._path(rank) for rank in others}
         theirs = exchange("paths", mine, others)
         path = {rank: {mine[str(rank)], theirs[rank].get(str(self._rank))} for rank in others}
-        far = [rank for rank in others if path[rank] not in ({"shared memory"}, {"nixl"})]
+        far = [rank for rank in others if len(path[rank]) > 1 or path[rank] == {"none"}]
         if far:
             name = f"jax_nixlep-{self._endpoint.address()['nonce']:x}-{self._rank}"
             blob = self._endpoint.open_nixl(str(_nixl.find_library()), name)
@@ -52,13 +53,19 @@ class Links:
                 base, nonce = int(others[rank]["base"]), int(others[rank]["nonce"])
                 self._endpoint.connect_nixl(rank, base64.b64decode(agents[rank]), base, nonce)
                 self._note(rank, others[rank])
+        self._endpoint.prepare(sorted(addresses))
+
+    def tidy(self, members: Collection[int]) -> None:
+        """Between two changes: gives back what was needed to reach others than the members."""
+        with contextlib.suppress(_ffi.EpError, _ffi.NixlError):  # all serve; a change that needs it will say so
+            self._endpoint.prepare(sorted(members))
 
     def alive(self, rank: int) -> bool:
-        """False if the connected rank is known to be dead; that shows in shared memory only."""
+        """False if the connected rank is known to be dead; that shows on one machine only."""
         return self._endpoint.peer_alive(rank)
 
     def shows_death(self, rank: int) -> bool:
-        return rank in self._nonces and self._path(rank) == "shared memory"
+        return self._endpoint.shows_death(rank)
 
     def keep(self, ranks: Collection[int]) -> None:
         """Drops all others."""

@@ -1,4 +1,5 @@
-"""Weights of a rank in shared memory: what its programs read, and what other ranks copy from without its help.
+"""Weights of a rank in shared memory: what its programs read, and what other ranks copy from without its help. On a
+GPU the programs read a copy in the GPU's memory.
 
 A set of weights is immutable. A new table gets a new set, filled from the sets of the members while those serve, and
 the old one goes when the last array that uses it goes.
@@ -99,10 +100,11 @@ class WeightSet:
         self._agent: _ffi.RegionAgent | None = None
 
     def arrays(self) -> dict[str, Any]:
-        """The nested dict of JAX arrays; on the CPU they use the region's memory itself."""
+        """The nested dict of JAX arrays. On the CPU they use the region's memory itself; on a GPU they are copies,
+        complete when this returns."""
         device = jax.local_devices()[0]
         put = {name: jax.device_put(view, device, may_alias=True) for name, view in self.views.items()}
-        return unflatten(put)
+        return unflatten(jax.block_until_ready(put))
 
     def describe(self, *, nixl: bool) -> dict[str, Any]:
         """What another rank needs to read this set; with `nixl` also from another machine."""

@@ -40,6 +40,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
+def env_of():
+    """env_of(transport, buffers): the environment of a rank."""
+    return gpu_env
+
+
+@pytest.fixture(scope="session")
 def gpu_pools():
     """pool(n, transport, buffers): n rank processes, one kind of pool at a time."""
     made = {}
