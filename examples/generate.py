@@ -5,7 +5,8 @@
 
 starts 4 independent JAX processes. Each loads its own part of the experts and takes its own part of the prompts; in
 every layer they exchange tokens over jax_nixlep. A process without a prompt takes part with zero tokens. The text that
-follows the first prompt is printed as it comes.
+follows the first prompt is printed as it comes. They run on CPUs; with --gpus on as many GPUs of this machine, which
+they share.
 """
 
 from __future__ import annotations
@@ -45,18 +46,22 @@ def parse_args() -> tuple[argparse.Namespace, Model, list[list[int]]]:
     parser.add_argument("--prompt", nargs="+", default=prompts, metavar="TEXT")
     parser.add_argument("--chat", action="store_true", help="prompts are messages to the model, which answers")
     parser.add_argument("--ranks", type=int, default=4, help="processes over which the experts are spread")
+    parser.add_argument("--gpus", type=int, metavar="COUNT", help="of this machine to run on; default: CPUs")
     parser.add_argument("--steps", type=int, default=200, help="tokens to add to each prompt, at most")
     parser.add_argument("--length", type=int, help="of the cache; default: what the prompts and --steps need")
     parser.add_argument("--dtype", help="of the parameters of --model; default: the checkpoint's")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest of this probability")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kernels", default="native", choices=("native", "nixl_ep"), help="docs/nixl_ep.md")
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
     if "" in args.prompt or args.steps < 1 or args.ranks < 1 or args.temperature < 0 or not 0 < args.top_p <= 1:
         parser.error(
             "--prompt must not be empty, --steps and --ranks at least 1, --temperature at least 0, --top-p in (0, 1]"
         )
+    if args.gpus is not None and args.gpus < 1:
+        parser.error(f"--gpus must be at least 1; got {args.gpus}; leave it out to run on CPUs")
     if args.chat and not args.model:
         parser.error("--chat must come with --model; got none; a model of train_lm.py knows no conversations")
     try:
@@ -100,15 +105,15 @@ def generate(
     mine = range(env.rank, len(prompts), env.num_ranks)
     rows, width = -(-len(prompts) // env.num_ranks), max(map(len, prompts))
     per_rank = -(-model.num_experts // env.num_ranks)
-    config = model.ep_config(env.num_ranks, per_rank, rows * width)
-    programs = compile_steps(model, config, rows, (width, 1), args.length)
+    config = model.ep_config(env.num_ranks, per_rank, -(-rows * width // 4) * 4)  # nixl_ep: tokens in fours
     table = identity_table(model.num_experts, range(env.num_ranks), per_rank, env.num_ranks)
     experts = model.load_experts(table[env.rank * per_rank : (env.rank + 1) * per_rank].tolist())
     weights = [
         jax.tree.map(lambda w: jax.device_put(np.asarray(w), may_alias=True), tree)
         for tree in (model.load_dense(), experts)
     ]
-    nx.initialize(config)
+    nx.initialize(config, kernels=args.kernels)
+    programs = compile_steps(model, config, rows, (width, 1), args.length)  # for these kernels
     placement = table_placement(table, model.num_experts, env.num_ranks)
 
     batch = Batch.empty(rows, width)
@@ -132,7 +137,7 @@ def main() -> None:
     env = rank_env()
     if env is None:
         threads = max(1, len(os.sched_getaffinity(0)) // args.ranks)
-        sys.exit(run(sys.argv, args.ranks, env={"NPROC": str(threads)}))
+        sys.exit(run(sys.argv, args.ranks, gpus=args.gpus, env={"NPROC": str(threads)}))
 
     added: dict[int, list[int]] = {number: [] for number in range(env.rank, len(prompts), env.num_ranks)}
     stream, line, times = Detokenizer(model), "" if args.chat else args.prompt[0], []
@@ -164,6 +169,7 @@ def main() -> None:
         "prefill_tokens_per_s": sum(map(len, prompts)) / times[0],
         "tokens_per_s": sum(len(ids) - 1 for ids in whole.values()) / max(sum(times[1:]), 1e-9),
         "ranks": env.num_ranks,
+        "device": jax.devices()[0].device_kind,
         "steps": args.steps,
     }
     print("prefill {prefill_tokens_per_s:,.0f} tokens/s, decode {tokens_per_s:,.0f} on {ranks} ranks".format(**result))

@@ -28,6 +28,20 @@ inline RowFormat MakeFormat(const OpAttributes& attributes, xla::ffi::DataType t
   return format;
 }
 
+// Of tokens that come as `x` and leave as `rows`. Either may be fp8 already, which is no token type: an fp8 wire then
+// needs none.
+inline RowFormat MakeTokenFormat(const OpAttributes& attributes, xla::ffi::DataType x, xla::ffi::DataType rows,
+                                 int64_t hidden) {
+  RowFormat format = MakeFormat(attributes, x == xla::ffi::F8E4M3FN ? rows : x, hidden);
+  format.dequantize = rows != xla::ffi::F8E4M3FN;
+  return format;
+}
+
+// The operand `scales` if `x` came with them, else null.
+inline const std::byte* ScalesOf(const xla::ffi::AnyBuffer& x, const xla::ffi::AnyBuffer& scales) {
+  return x.element_type() == xla::ffi::F8E4M3FN ? static_cast<const std::byte*>(scales.untyped_data()) : nullptr;
+}
+
 // Sizes of arrays that must be the group's; -1: none to check. A program may have been traced for another group.
 struct Sizes {
   int64_t top_k = -1, experts = -1, ranks = -1, tokens = -1;

@@ -23,54 +23,54 @@ py::capsule Handler(Function* function) {
   return py::capsule(reinterpret_cast<void*>(function));
 }
 
+template <typename E>
+py::bytes OpenNixl(E& endpoint, const std::string& library, const std::string& name) {
+  std::string metadata;
+  {
+    py::gil_scoped_release unlocked;
+    metadata = endpoint.OpenNixl(library, name);
+  }
+  return py::bytes(metadata);
+}
+
+template <typename E>
+void ConnectNixl(E& endpoint, int peer, const py::bytes& metadata, uint64_t remote_base, uint64_t nonce) {
+  std::string blob = metadata;
+  py::gil_scoped_release unlocked;
+  endpoint.ConnectNixl(peer, blob, remote_base, nonce);
+}
+
+template <typename E>
+py::dict HealthOf(const E& endpoint, int rank) {
+  PeerHealth health;
+  {
+    py::gil_scoped_release unlocked;
+    health = endpoint.Health(rank);
+  }
+  py::dict row;
+  row["member"] = health.member;
+  row["masked"] = health.masked;
+  row["path"] = health.path;
+  row["bytes_out"] = health.bytes_out;
+  row["bytes_in"] = health.bytes_in;
+  row["wait_s"] = double(health.wait_us) * 1e-6;
+  row["timeouts"] = health.timeouts;
+  return row;
+}
+
 // Methods that mean the same on both; the rest of a class is its module's.
 template <typename E>
 void BindEndpoint(py::class_<E, std::shared_ptr<E>>& endpoint) {
-  endpoint
-      .def(
-          "open_nixl",
-          [](E& e, const std::string& library, const std::string& name) {
-            std::string metadata;
-            {
-              py::gil_scoped_release unlocked;
-              metadata = e.OpenNixl(library, name);
-            }
-            return py::bytes(metadata);
-          },
-          py::arg("library"), py::arg("name"))
-      .def(
-          "connect_nixl",
-          [](E& e, int peer, const py::bytes& metadata, uint64_t remote_base, uint64_t nonce) {
-            std::string blob = metadata;
-            py::gil_scoped_release unlocked;
-            e.ConnectNixl(peer, blob, remote_base, nonce);
-          },
-          py::arg("peer"), py::arg("metadata"), py::arg("remote_base"), py::arg("nonce"))
+  endpoint.def("open_nixl", &OpenNixl<E>, py::arg("library"), py::arg("name"))
+      .def("connect_nixl", &ConnectNixl<E>, py::arg("peer"), py::arg("metadata"), py::arg("remote_base"),
+           py::arg("nonce"))
       .def("drop_peer", &E::DropPeer, py::arg("peer"), Unlocked())
       .def(
           "activate", [](E& e, int epoch, const std::vector<int>& members) { e.Activate(uint16_t(epoch), members); },
           py::arg("epoch"), py::arg("members"), Unlocked())
       .def("failure", &E::Failure, "Why no operation can run until `activate`; '' if they can.")
       .def("close", &E::Close, Unlocked())
-      .def(
-          "health",
-          [](const E& e, int rank) {
-            PeerHealth health;
-            {
-              py::gil_scoped_release unlocked;
-              health = e.Health(rank);
-            }
-            py::dict row;
-            row["member"] = health.member;
-            row["masked"] = health.masked;
-            row["path"] = health.path;
-            row["bytes_out"] = health.bytes_out;
-            row["bytes_in"] = health.bytes_in;
-            row["wait_s"] = double(health.wait_us) * 1e-6;
-            row["timeouts"] = health.timeouts;
-            return row;
-          },
-          py::arg("rank"))
+      .def("health", &HealthOf<E>, py::arg("rank"))
       .def_property_readonly("epoch", &E::epoch)
       .def_property_readonly("num_operations", &E::num_operations);
 }

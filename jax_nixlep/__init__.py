@@ -1,5 +1,6 @@
 """Elastic expert parallelism for JAX over NIXL."""
 
+from jax_nixlep import nixl_ep as nixl_ep
 from jax_nixlep._ffi import EpError as EpError
 from jax_nixlep._ffi import NixlError as NixlError
 from jax_nixlep.combine import combine as combine
@@ -21,6 +22,7 @@ from jax_nixlep.routing import PEER_ABSENT as PEER_ABSENT
 from jax_nixlep.routing import PEER_OK as PEER_OK
 from jax_nixlep.routing import PEER_TIMED_OUT as PEER_TIMED_OUT
 from jax_nixlep.routing import Handle as Handle
+from jax_nixlep.routing import PackedHandle as PackedHandle
 from jax_nixlep.routing import Received as Received
 from jax_nixlep.routing import Status as Status
 from jax_nixlep.split import combine_finish as combine_finish

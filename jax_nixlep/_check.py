@@ -7,12 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_nixlep.config import EpConfig
+from jax_nixlep.config import QUANT_BLOCK, EpConfig
 from jax_nixlep.routing import Handle
 
 
 def check_dispatch(
-    x: Any, expert_ids: Any, weights: Any, config: EpConfig, dequantize: bool, recv_capacity: int | None
+    x: Any, scales: Any, expert_ids: Any, weights: Any, config: EpConfig, dequantize: bool, recv_capacity: int | None
 ) -> None:
     """Refuses at trace time what `dispatch` cannot take."""
     tokens, k = x.shape[0] if x.ndim else 0, config.top_k
@@ -21,7 +21,12 @@ def check_dispatch(
             f"dispatch: x must have at most max_tokens_per_rank={config.max_tokens_per_rank} tokens; got {tokens}; "
             "dispatch in chunks or raise max_tokens_per_rank"
         )
-    _check_array("dispatch", "x", x, (tokens, config.hidden), config.dtype)
+    if scales is None and x.dtype == jnp.float8_e4m3fn:
+        raise ValueError("dispatch: scales must be given for an x of float8_e4m3fn; got None; pass those of quantize")
+    if scales is None:
+        _check_array("dispatch", "x", x, (tokens, config.hidden), config.dtype)
+    else:
+        _check_quantized(x, scales, (tokens, config.hidden), config)
     _check_array("dispatch", "expert_ids", expert_ids, (tokens, k), jnp.int32)
     if weights is not None:
         _check_array("dispatch", "weights", weights, (tokens, k), jnp.float32)
@@ -31,6 +36,24 @@ def check_dispatch(
         raise ValueError(
             f"dispatch: recv_capacity must be a positive int or None; got {recv_capacity!r}; use None for the config's"
         )
+
+
+def _check_quantized(x: Any, scales: Any, shape: tuple[int, int], config: EpConfig) -> None:
+    if config.wire != "fp8_e4m3":
+        raise ValueError(
+            f'dispatch: scales must be None for wire="{config.wire}"; got {scales.dtype} {list(scales.shape)}; '
+            'use EpConfig(wire="fp8_e4m3")'
+        )
+    _check_array("dispatch", "x", x, shape, jnp.float8_e4m3fn, "quantise it, or leave scales out")
+    as_bytes = config.scale_format == "ue8m0" and scales.dtype == jnp.uint8
+    _check_array(
+        "dispatch",
+        "scales",
+        scales,
+        (shape[0], shape[1] // QUANT_BLOCK),
+        jnp.uint8 if as_bytes else config.scale_dtype,
+        "quantise with the config's scale_format",
+    )
 
 
 def check_combine(expert_out: Any, handle: Handle, weights: Any, config: EpConfig) -> None:
@@ -45,9 +68,16 @@ def check_combine(expert_out: Any, handle: Handle, weights: Any, config: EpConfi
         _check_array("combine", "weights", weights, (tokens, k), jnp.float32)
 
 
-def _check_array(op: str, name: str, value: Any, shape: tuple[int, ...], dtype: Any) -> None:
+def _check_array(
+    op: str,
+    name: str,
+    value: Any,
+    shape: tuple[int, ...],
+    dtype: Any,
+    remedy: str = "cast or reshape it, or change EpConfig",
+) -> None:
     if value.shape != shape or value.dtype != dtype:
         raise ValueError(
             f"{op}: {name} must be {jnp.dtype(dtype).name} {list(shape)}; got {value.dtype} {list(value.shape)}; "
-            "cast or reshape it, or change EpConfig"
+            f"{remedy}"
         )

@@ -91,13 +91,52 @@ def make_endpoint(device: jax.Device, **options: Any) -> Endpoint:
     return _cuda.Endpoint(device=device.local_hardware_id, **options)
 
 
+def check_nixl_ep_device(device: jax.Device) -> None:
+    """Refuses what NVIDIA's NIXL-EP kernels cannot run on.
+
+    Raises:
+      RuntimeError: no NVIDIA GPU, or built without CUDA.
+    """
+    if device.platform != "gpu" or _cuda is None:
+        built = "with" if _cuda else "without"
+        raise RuntimeError(
+            f'initialize: kernels="nixl_ep" must be on an NVIDIA GPU, by a build with CUDA; got {device.platform}, '
+            f'built {built} CUDA; set JAX_NIXLEP_CUDA=ON and reinstall, or use kernels="native"'
+        )
+
+
+def make_nixl_ep_endpoint(device: jax.Device, **options: Any) -> Any:
+    """A rank's end of a group that uses those kernels; `options`: see _cuda.pyi."""
+    check_nixl_ep_device(device)
+    assert _cuda is not None
+    return _cuda.NixlEpEndpoint(device=device.local_hardware_id, **options)
+
+
 def set_endpoint(device: jax.Device, endpoint: Endpoint | None) -> None:
     """Operations on local `device` use `endpoint` (or none)."""
     if device.platform == "cpu":  # XLA shows a custom call the global id of a CPU device, the local number of a GPU
         _host.set_endpoint(device.id, endpoint)
-    else:
-        assert _cuda is not None  # make_endpoint refused otherwise
-        _cuda.set_endpoint(device.local_hardware_id, endpoint)
+        return
+    assert _cuda is not None  # make_endpoint refused otherwise
+    nvidia = isinstance(endpoint, _cuda.NixlEpEndpoint)
+    _cuda.set_endpoint(device.local_hardware_id, None if nvidia else endpoint)
+    _cuda.set_nixl_ep_endpoint(device.local_hardware_id, endpoint if nvidia else None)
+
+
+_kernels = "native"
+
+
+def kernels() -> str:
+    """Which kernels programs are traced for: "native", or "nixl_ep" in a group of those."""
+    return _kernels
+
+
+def use_kernels(name: str) -> None:
+    """Programs are traced for these kernels from now on; those traced for others before are traced again."""
+    global _kernels
+    if name != _kernels:
+        _kernels = name
+        jax.clear_caches()
 
 
 def attributes(
@@ -128,6 +167,11 @@ def _lower(ctx, *operands, name, results, attrs):
         raise NotImplementedError(
             f"{name}: the program must be for an NVIDIA GPU; got cpu; use dispatch and combine, which run on both"
         )
+    if kernels() == "nixl_ep" and not name.startswith("nixl_ep_") and name != "mark":
+        raise NotImplementedError(
+            f'{name}: the group must have kernels="native"; got kernels="nixl_ep", which know only dispatch and '
+            'combine; initialize with kernels="native"'
+        )
     attributes = dict(attrs)
     if "ordinal" in attributes:
         attributes["ordinal"] = np.int64(_order.number_in_program(ctx.module_context, int(attributes["ordinal"])))
@@ -151,8 +195,10 @@ _call_p.def_impl(_run)
 
 
 def call(name: str, results: Sequence[jax.ShapeDtypeStruct], *args: jax.Array, **attrs: np.int64) -> list[jax.Array]:
-    """Emits custom call `jax_nixlep_<name>`. No JAX effect, so that remat, scan and grad accept it."""
-    out = _call_p.bind(*args, name=name, results=tuple(results), attrs=tuple(sorted(attrs.items())))
+    """Emits custom call `jax_nixlep_<name>`, which profilers show as jax_nixlep.<name>: by the named scope, and on GPUs
+    by the NVTX range of its handler. No JAX effect, so that remat, scan and grad accept it."""
+    with jax.named_scope(f"jax_nixlep.{name}"):
+        out = _call_p.bind(*args, name=name, results=tuple(results), attrs=tuple(sorted(attrs.items())))
     return [vary(o) for o in out]
 
 

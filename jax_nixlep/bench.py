@@ -3,6 +3,7 @@
 Starts the ranks itself, as one jax.distributed job, and times in turn on one mesh:
 
   nixlep      `dispatch` and `combine`
+  nixl_ep     the same over NVIDIA's kernels (--kernels nixl_ep, on GPUs), in a group of its own
   all_to_all  each token once to each rank that needs it, in buffers [ranks, capacity] through lax.all_to_all, there and
               back. Capacity is the tokens of a rank: as with the others, nothing is dropped.
   all_gather  lax.all_gather of all tokens, and lax.psum_scatter of the partial sums
@@ -21,6 +22,7 @@ nixlep reads and writes in memory for it; the memcpy limit is the same count of 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -103,7 +105,14 @@ def all_to_all_exchange(config: nx.EpConfig) -> Exchange:
     return dispatch, combine
 
 
-EXCHANGES = {"nixlep": nixlep_exchange, "all_to_all": all_to_all_exchange, "all_gather": all_gather_exchange}
+EXCHANGES = {
+    "nixlep": nixlep_exchange,
+    "nixl_ep": nixlep_exchange,
+    "all_to_all": all_to_all_exchange,
+    "all_gather": all_gather_exchange,
+}
+RUNTIMES = {"native": ["nixlep"], "nixl_ep": ["nixl_ep"], "xla": ["all_to_all", "all_gather"]}  # of --kernels
+OURS = ("nixlep", "nixl_ep")
 
 
 def _join(ids: jax.Array, weights: jax.Array) -> jax.Array:
@@ -139,12 +148,12 @@ def _partial_sums(out: jax.Array, row_of: jax.Array, weights: jax.Array) -> jax.
 
 
 class Bench:
-    """Inputs, programs and measurements of one rank."""
+    """Inputs, programs and measurements of one rank, for some of the runtimes."""
 
-    def __init__(self, args: argparse.Namespace, config: nx.EpConfig, mesh: jax.sharding.Mesh):
+    def __init__(self, args: argparse.Namespace, config: nx.EpConfig, mesh: jax.sharding.Mesh, runtimes: list[str]):
         self.args, self.config, self.mesh = args, config, mesh
-        self.exchanges = {name: make(config) for name, make in EXCHANGES.items()}
-        self.scaled = {name: self.program(self.pair(name, self.scale_by_expert)) for name in EXCHANGES}
+        self.exchanges = {name: EXCHANGES[name](config) for name in runtimes}
+        self.scaled = {name: self.program(self.pair(name, self.scale_by_expert)) for name in runtimes}
         # Every rank draws everything, so that each knows the routing of all.
         rng = np.random.default_rng(args.seed)
         n = args.ranks * args.tokens
@@ -157,7 +166,10 @@ class Bench:
         self.x = x[mine].astype(np.float32)
         self.expected = self.x * factor[mine]
         self.inputs = [self.place(v[mine], AXIS) for v in (x, self.ids, weights)]
-        self.align = partial(self.program(lambda x: lax.psum(x[0, 0], AXIS), P(AXIS), P()), self.inputs[0])
+        if on_gpu():  # ranks of one GPU cannot have collectives of XLA
+            self.align: Callable[[], Any] = partial(gather, 0)
+        else:
+            self.align = partial(self.program(lambda x: lax.psum(x[0, 0], AXIS), P(AXIS), P()), self.inputs[0])
 
     def place(self, part: np.ndarray, *axes: str) -> jax.Array:
         return jax.make_array_from_process_local_data(NamedSharding(self.mesh, P(*axes)), part)
@@ -183,7 +195,7 @@ class Bench:
         router = nx.Router(num_experts=self.args.experts, top_k=self.args.top_k)
 
         def run(x: jax.Array, gate: jax.Array, *experts: jax.Array) -> jax.Array:
-            if name == "nixlep":
+            if name in OURS:
                 params = dict(zip(("gate", "wi_0", "wi_1", "wo"), (gate, *experts), strict=True))
                 options: Any = {"axis": AXIS, "token_axes": (AXIS,), "backend": backend}
                 return nx.nixlep_moe(x, params, config=self.config, router=router, **options)[0]
@@ -209,7 +221,7 @@ class Bench:
 
     def is_close(self, got: jax.Array, expected: np.ndarray, floor: float = 0.02) -> bool:
         error = np.abs(local(got) - expected) / np.maximum(np.abs(expected), floor)
-        return bool(np.all(process_allgather(np.array(error.max() < MAX_ERROR))))
+        return bool(np.all(gather(np.array(error.max() < MAX_ERROR))))
 
     def check(self, name: str) -> bool:
         return self.is_close(self.scaled[name](*self.inputs), self.expected)
@@ -226,7 +238,7 @@ class Bench:
                     start = time.perf_counter()
                     jax.block_until_ready(call())
                     samples[name] += [time.perf_counter() - start] * (part > 0)
-        every_rank = np.reshape(process_allgather(np.array(list(samples.values()))), (self.args.ranks, len(calls), -1))
+        every_rank = np.reshape(gather(np.array(list(samples.values()))), (self.args.ranks, len(calls), -1))
         return dict(zip(calls, every_rank.max(axis=0), strict=True))
 
     def memcpy_rate(self, num_bytes: int = 1 << 25) -> float:
@@ -250,7 +262,8 @@ class Bench:
             moved["dispatch+combine"] = moved["chained"] = moved["dispatch"] + moved["combine"]
         return {kind: {op: count * row for op, count in moved.items()} for kind, moved in both.items()}
 
-    def run(self) -> dict[str, Any]:
+    def run(self, layer: np.ndarray | None = None) -> dict[str, Any]:
+        """`layer`: what the layer must give; default: as plain JAX has it, or the first runtime."""
         args, inputs, layer_inputs = self.args, self.inputs, self.layer_inputs()
         ops = {"dispatch": 1.0, "combine": 1.0, "dispatch+combine": 1.0, "chained": 0.25, "layer": 0.2}
         calls: dict[str, dict[str, Callable[[], Any]]] = {op: {} for op in ops}
@@ -261,14 +274,17 @@ class Bench:
             calls["dispatch+combine"][name] = partial(self.program(self.pair(name)), *inputs)
             calls["chained"][name] = partial(self.program(self.chain(name)), *inputs)
             calls["layer"][name] = partial(self.layer(name), *layer_inputs)
-        correct, memcpy = {name: self.check(name) for name in EXCHANGES}, self.memcpy_rate()
+        correct, memcpy = {name: self.check(name) for name in self.exchanges}, self.memcpy_rate()
         seconds = {op: self.times(op, of, int(args.iterations * ops[op])) for op, of in calls.items()}
         memcpy = (memcpy + self.memcpy_rate()) / 2
         correct = {name: self.check(name) and ok for name, ok in correct.items()}
-        layer = local(self.layer("nixlep", "xla")(*layer_inputs))
+        if layer is None and "all_to_all" in self.exchanges:
+            layer = local(self.layer("nixlep", "xla")(*layer_inputs))
+        elif layer is None:
+            layer = local(next(iter(calls["layer"].values()))())
         expected = {"chained": (self.x, 0.02), "layer": (layer, float(np.sqrt(np.mean(layer**2))))}
 
-        moved, figures, speedups = self.bytes_moved(), [], {}
+        moved, figures = self.bytes_moved(), []
         for op, of in seconds.items():
             for name, samples in of.items():
                 ms = samples * 1e3 / (args.chain if op == "chained" else 1)
@@ -284,18 +300,52 @@ class Bench:
                         row["physical_bytes"] = moved["physical_bytes"][op]
                         row["memcpy_fraction"] = row["physical_bytes"] / (median * 1e-3) / memcpy
                 figures.append(row)
-            ours, *baselines = (row["median_ms"] for row in figures if row["op"] == op)
-            speedups[op] = min(baselines) / ours
         return {
             "settings": {key: value for key, value in vars(args).items() if key not in ("json", "plot")},
             "machine": machine(),
             "rows_per_rank": self.config.num_rows,
             "memcpy_bytes_per_s": memcpy,
             "rows": figures,
-            "correct": all(row["correct"] for row in figures),
-            "speedup_vs_best_baseline": speedups["dispatch+combine"],
-            "speedups": speedups,
+            "layer": layer,
         }
+
+
+def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of several groups, one: rows by operation, and how much faster the first runtime is than the best of XLA."""
+    rows = [row for result in results for row in result["rows"]]
+    ops = list(dict.fromkeys(row["op"] for row in rows))
+    rows = [row for op in ops for row in rows if row["op"] == op]
+    speedups = {}
+    for op in ops:
+        medians = {row["runtime"]: row["median_ms"] for row in rows if row["op"] == op}
+        baselines = [medians[name] for name in RUNTIMES["xla"] if name in medians]
+        if baselines and "nixlep" in medians:
+            speedups[op] = min(baselines) / medians["nixlep"]
+    merged = {key: value for key, value in results[0].items() if key != "layer"} | {"rows": rows}
+    merged["correct"] = all(row["correct"] for row in rows)
+    if speedups:
+        merged["speedup_vs_best_baseline"] = speedups["dispatch+combine"]
+    return merged | {"speedups": speedups}
+
+
+def on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+_gathers = itertools.count()
+
+
+def gather(value: Any) -> np.ndarray:
+    """[ranks, ...]: the value of every rank; on GPUs through the job's key-value service."""
+    if not on_gpu():
+        return np.asarray(process_allgather(np.asarray(value)))
+    from jax._src.distributed import global_state  # has no public name
+
+    client: Any = global_state.client
+    key = f"bench/{next(_gathers)}"
+    client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(np.asarray(value, float).tolist()))
+    ranks = range(jax.process_count())
+    return np.array([json.loads(client.blocking_key_value_get(f"{key}/{rank}", 60_000)) for rank in ranks])
 
 
 def local(value: jax.Array) -> np.ndarray:
@@ -326,7 +376,9 @@ def table(result: dict[str, Any]) -> str:
         )
     m, limit = result["machine"], result["memcpy_bytes_per_s"] / 1e9
     lines.append(f"{m['cpu']}, {m['cores']} cores, jax {m['jax']}, {m['transport']}, memcpy limit {limit:.1f} GB/s")
-    lines.append("nixlep / better baseline: " + ", ".join(f"{op} {x:.2f}x" for op, x in result["speedups"].items()))
+    if result["speedups"]:
+        speedups = ", ".join(f"{op} {x:.2f}x" for op, x in result["speedups"].items())
+        lines.append(f"nixlep / better baseline: {speedups}")
     return "\n".join(lines)
 
 
@@ -334,10 +386,11 @@ def plot(result: dict[str, Any], path: str) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 3.5), layout="constrained")
-    for axes, op in zip(figure.subplots(1, len(result["speedups"])), result["speedups"], strict=True):
+    ops = list(dict.fromkeys(row["op"] for row in result["rows"]))
+    for axes, op in zip(figure.subplots(1, len(ops)), ops, strict=True):
         rows = [row for row in result["rows"] if row["op"] == op]
         medians = [row["median_ms"] for row in rows]
-        axes.bar_label(axes.bar([row["runtime"] for row in rows], medians, color=["C2", "C0", "C1"]), fmt="%.2f")
+        axes.bar_label(axes.bar([row["runtime"] for row in rows], medians, color=["C2", "C0", "C1", "C3"]), fmt="%.2f")
         axes.set(title=op, ylabel="median ms")
     figure.savefig(path, dpi=120)
 
@@ -362,12 +415,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--transport", default="shared", choices=("shared", "nixl"), help="between the ranks, of nixlep"
     )
+    kernels = ",".join(RUNTIMES)
+    parser.add_argument("--kernels", default="native,xla", help=f"what to time, some of {kernels} (native,xla)")
     parser.add_argument("--json", metavar="OUT", help="write all figures")
     parser.add_argument("--plot", metavar="OUT", help="write a PNG (needs matplotlib)")
     args = parser.parse_args(argv)
     for name in numbers:
         if (value := getattr(args, name.replace("-", "_"))) < 1:
             parser.error(f"--{name} must be positive; got {value}")
+    if unknown := set(args.kernels.split(",")) - set(RUNTIMES):
+        parser.error(f"--kernels must be of {kernels}; got {', '.join(sorted(unknown))}")
     if args.experts % args.ranks or args.experts < args.top_k:
         parser.error(f"--experts must be a multiple of --ranks, and at least --top-k; got {args.experts}")
     return args
@@ -390,15 +447,23 @@ def main() -> int:
         dtype=args.dtype,
         recv_capacity=args.recv_capacity,
     )
-    nx.initialize(config, mesh=mesh, axis=AXIS)
-    result = Bench(args, config, mesh).run()
+    results: list[dict[str, Any]] = []
+    wanted = args.kernels.split(",")
+    groups: list[Any] = [name for name in ("native", "nixl_ep") if name in wanted] or ["native"]
+    for kernels in groups:
+        runtimes = RUNTIMES[kernels] if kernels in wanted else []
+        if kernels == groups[0] and "xla" in wanted:
+            runtimes = runtimes + RUNTIMES["xla"]
+        nx.initialize(config, mesh=mesh, axis=AXIS, kernels=kernels)
+        results.append(Bench(args, config, mesh, runtimes).run(results[0]["layer"] if results else None))
+        nx.shutdown()
+    result = merge(results)
     if job.rank == 0:
         print(table(result))
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
         if args.plot:
             plot(result, args.plot)
-    nx.shutdown()
     return 0 if result["correct"] else 1
 
 

@@ -12,12 +12,13 @@ from jax_nixlep._check import check_combine
 from jax_nixlep._vary import vary
 from jax_nixlep.config import EpConfig
 from jax_nixlep.dispatch import OpSpec, gather_rows, scatter_tokens
-from jax_nixlep.routing import Handle
+from jax_nixlep.nixl_ep import packed
+from jax_nixlep.routing import Handle, PackedHandle
 
 
 def combine(
     expert_out: jax.Array,
-    handle: Handle,
+    handle: Handle | PackedHandle,
     weights: jax.Array | None = None,
     *,
     config: EpConfig,
@@ -50,6 +51,8 @@ def combine(
 
 def combine_ordered(expert_out, handle, weights=None, *, config, after=None):
     """`combine`, and the order edge that a later operation can take as `after`."""
+    if isinstance(handle, PackedHandle):
+        return packed.combine(expert_out, handle, weights, config, after)
     check_combine(expert_out, handle, weights, config)
     expert_ids, row_of, row_weights = handle
     spec = OpSpec(config, _order.next_ordinal("combine"), row_weights.shape[0])

@@ -134,7 +134,7 @@ class EpConfig:
 
     @property
     def scale_dtype(self) -> Any:
-        """Of the fp8 scales that `dispatch(..., dequantize=False)` returns."""
+        """Of the fp8 scales that `dispatch` takes with quantised tokens, and returns with `dequantize=False`."""
         return jnp.dtype(jnp.float8_e8m0fnu if self.scale_format == "ue8m0" else jnp.float32)
 
     @property

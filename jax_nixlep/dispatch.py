@@ -8,10 +8,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jax_nixlep import _ffi, _order
+from jax_nixlep import _ffi, _order, quant
 from jax_nixlep._check import check_dispatch
 from jax_nixlep._vary import vary
 from jax_nixlep.config import EpConfig
+from jax_nixlep.nixl_ep import packed
 from jax_nixlep.routing import Handle, Received, Status
 
 
@@ -24,6 +25,7 @@ class OpSpec:
     num_rows: int
     weighted: bool = False  # weights were given
     dequantize: bool = True
+    quantized: bool = False  # x came with scales
 
     def attributes(self) -> dict:
         config = self.config
@@ -42,6 +44,7 @@ def dispatch(
     weights: jax.Array | None = None,
     *,
     config: EpConfig,
+    scales: jax.Array | None = None,
     after: jax.Array | None = None,
     dequantize: bool = True,
     recv_capacity: int | None = None,
@@ -52,15 +55,18 @@ def dispatch(
     (source rank, token) within it: equal inputs give equal bits, whatever the timing. When more rows are demanded than
     the capacity, every expert keeps an equal share (the largest limit that fits), first come in that order.
 
-    Differentiable in `x` (straight through the wire's rounding) and in `weights`.
+    Differentiable in `x` (straight through the wire's rounding), unless it is quantised already, and in `weights`.
 
     Args:
       x: [t, H] tokens of this rank in `config.dtype`, 0 <= t <= config.max_tokens_per_rank; t may differ between ranks.
+        With `scales`, float8_e4m3fn.
       expert_ids: [t, K] int32 physical slots, `rank * experts_per_rank + local expert`; -1 = none. Other values outside
         the group are counted in `status.invalid_ids` and treated as -1. An id repeated in a token gives one row.
       weights: [t, K] float32 routing weights. They travel along and become the handle's, so that `combine` needs no
         exchange of its own for them. None: ones.
       config: the group's `EpConfig`.
+      scales: [t, H / 128] of an `x` that is quantised already, with wire "fp8_e4m3": float32, or for scale_format
+        "ue8m0" float8_e8m0fnu (or its bytes, uint8). Value times scale is the token; what travels is exactly this.
       after: any array; this operation runs after what made it. Needed between operations of one program that do not
         depend on each other (docs/sharp_bits.md).
       dequantize: with wire "fp8_e4m3", return tokens in `config.dtype`; False returns float8_e4m3fn values and their
@@ -74,15 +80,15 @@ def dispatch(
       ValueError, TypeError: at trace time, naming the argument, what it must be, what it is and what to do.
       jax.errors.JaxRuntimeError: when the program runs: a peer that is late, dead or runs another operation is named.
     """
-    check_dispatch(x, expert_ids, weights, config, dequantize, recv_capacity)
-    ordinal, rows = _order.next_ordinal("dispatch"), recv_capacity or config.num_rows
-    spec = OpSpec(config, ordinal, rows, weights is not None, dequantize)
-    flat = jnp.zeros((0,), jnp.float32) if weights is None else weights
-    out = _dispatch(spec, vary(x), vary(expert_ids), vary(flat), _order.edge(after))
-    tokens, scales, row_weights, group_sizes, demand, clean_ids, row_of, peers, dropped, invalid_ids, order = out
+    if _ffi.kernels() == "nixl_ep":
+        check_dispatch(x, scales, expert_ids, weights, config, dequantize, recv_capacity)
+        return packed.dispatch(x, scales, expert_ids, weights, config, after, dequantize, recv_capacity)
+    spec, operands = dispatch_call(x, scales, expert_ids, weights, config, after, dequantize, recv_capacity)
+    out = _dispatch(spec, *operands)
+    tokens, row_scales, row_weights, group_sizes, demand, clean_ids, row_of, peers, dropped, invalid_ids, order = out
     return Received(
         tokens,
-        scales if scales.size else None,
+        row_scales if row_scales.size else None,
         group_sizes,
         demand,
         Handle(clean_ids, row_of, row_weights),
@@ -90,14 +96,25 @@ def dispatch(
     )
 
 
+def dispatch_call(x, scales, expert_ids, weights, config, after, dequantize, recv_capacity):
+    """Checks the arguments of a dispatch; returns its `OpSpec` and operands, absent ones of size 0."""
+    check_dispatch(x, scales, expert_ids, weights, config, dequantize, recv_capacity)
+    ordinal, rows = _order.next_ordinal("dispatch"), recv_capacity or config.num_rows
+    spec = OpSpec(config, ordinal, rows, weights is not None, dequantize, scales is not None)
+    absent = jnp.zeros((0,), jnp.float32)
+    x, scales = (x, absent) if scales is None else quant.as_given(x, scales)
+    operands = map(vary, (x, scales, expert_ids, absent if weights is None else weights))
+    return spec, (*operands, _order.edge(after))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dispatch(spec: OpSpec, x, expert_ids, weights, after):
+def _dispatch(spec: OpSpec, x, scales, expert_ids, weights, after):
     config, rows = spec.config, spec.num_rows
-    quantized = config.token_wire == "fp8_e4m3" and not spec.dequantize
+    raw = config.token_wire == "fp8_e4m3" and not spec.dequantize
     f32, i32 = jnp.float32, jnp.int32
     results = (
-        _ffi.struct((rows, config.hidden), jnp.float8_e4m3fn if quantized else config.dtype),
-        _ffi.struct((rows, config.hidden // _ffi.QUANT_BLOCK if quantized else 0), config.scale_dtype),
+        _ffi.struct((rows, config.hidden), jnp.float8_e4m3fn if raw else config.dtype),
+        _ffi.struct((rows, config.hidden // _ffi.QUANT_BLOCK if raw else 0), config.scale_dtype),
         _ffi.struct((rows,), f32),  # row_weights
         _ffi.struct((config.experts_per_rank,), i32),  # group_sizes
         _ffi.struct((config.experts_per_rank,), i32),  # demand
@@ -108,16 +125,16 @@ def _dispatch(spec: OpSpec, x, expert_ids, weights, after):
         _ffi.struct((), i32),  # invalid_ids
         _ffi.struct((), f32),  # order
     )
-    return tuple(_ffi.call("dispatch", results, x, expert_ids, weights, after, **spec.attributes()))
+    return tuple(_ffi.call("dispatch", results, x, scales, expert_ids, weights, after, **spec.attributes()))
 
 
-def _dispatch_fwd(spec, x, expert_ids, weights, after):
-    out = _dispatch(spec, x, expert_ids, weights, after)
+def _dispatch_fwd(spec, x, scales, expert_ids, weights, after):
+    out = _dispatch(spec, x, scales, expert_ids, weights, after)
     return out, (out[5], out[6])
 
 
 def _dispatch_bwd(spec, residuals, cotangents):
-    if spec.config.token_wire == "fp8_e4m3" and not spec.dequantize:
+    if spec.config.token_wire == "fp8_e4m3" and not spec.dequantize and not spec.quantized:
         raise TypeError(
             "dispatch: dequantize must be True for a gradient; got False; "
             "dequantize in dispatch, or stop the gradient of its results"
@@ -126,14 +143,14 @@ def _dispatch_bwd(spec, residuals, cotangents):
     d_tokens, d_row_weights, d_order = cotangents[0], cotangents[2], cotangents[-1]
     d_x, d_weights, order = gather_rows(
         spec,
-        d_tokens,
+        None if spec.quantized else d_tokens,
         jnp.ones_like(d_row_weights),
         d_row_weights if spec.weighted else None,
         clean_ids,
         row_of,
         d_order,
     )
-    return d_x, None, d_weights, order
+    return None if spec.quantized else d_x, None, None, d_weights, order
 
 
 _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)

@@ -18,6 +18,7 @@ import numpy as np
 
 from jax_nixlep import _ffi
 from jax_nixlep import store as stores
+from jax_nixlep.nixl_ep import setup as nixl_ep
 from jax_nixlep.store.tcp import StoreServer
 
 if TYPE_CHECKING:
@@ -291,8 +292,11 @@ class EpGroup:
         self._rendezvous.barrier(f"epoch {self._epoch + 1}", op="ElasticMesh.resize")
         self._epoch, self._members = self._epoch + 1, tuple(members)
         self._activate()
+        if _ffi.kernels() == "nixl_ep":  # whose signals do not say of which epoch they are
+            self._rendezvous.barrier(f"active {self._epoch}", op="ElasticMesh.resize")
 
     def _close(self) -> None:
+        _ffi.use_kernels("native")
         if self._elastic is not None:
             self._elastic.close()
         for seat in self._seats:
@@ -336,6 +340,7 @@ def initialize(
     timeout_s: float = 60.0,
     init_timeout_s: float = 120.0,
     on_timeout: Literal["raise", "mask"] = "raise",
+    kernels: Literal["native", "nixl_ep"] = "native",
     elastic: bool = False,
     join: bool = False,
     num_experts: int | None = None,
@@ -364,6 +369,8 @@ def initialize(
       init_timeout_s: how long to wait here for all members.
       on_timeout: "raise": a late or dead peer ends the operation with an error on every rank. "mask": its tokens and
         experts are left out, and `Status.peers` and `health()` say so.
+      kernels: "native": this package's. "nixl_ep": NVIDIA's NIXL-EP kernels from the installed nixl wheel, on GPUs, for
+        inference, within their limits: docs/nixl_ep.md. Programs traced for the other kernels are traced again.
       elastic: members may come, go and be lost: call `group.step()` between steps. Programs run by themselves, to
         compile and warm up, until its first call, which waits for all. Each process is one rank.
         The store is needed even for one member, and should outlive the ranks (`python -m jax_nixlep.store`, or the
@@ -393,11 +400,18 @@ def initialize(
             raise RuntimeError("initialize: must be called once; got a second call; call jax_nixlep.shutdown() first")
         if on_timeout not in ("raise", "mask"):
             raise ValueError(f'initialize: on_timeout must be "raise" or "mask"; got {on_timeout!r}; choose one')
+        if kernels not in ("native", "nixl_ep"):
+            raise ValueError(f'initialize: kernels must be "native" or "nixl_ep"; got {kernels!r}; choose one')
         times = {"timeout_s": timeout_s, "init_timeout_s": init_timeout_s, "restore_timeout_s": restore_timeout_s}
         for name, value in times.items():
             if not value > 0:
                 raise ValueError(f"initialize: {name} must be positive; got {value}; give seconds")
         elastic = elastic or join
+        if elastic and kernels == "nixl_ep":
+            raise ValueError(
+                'initialize: elastic must be False with kernels="nixl_ep", whose signals do not tell a late peer '
+                'from a present one; got True; use ElasticMesh over a mesh, or kernels="native"'
+            )
         if elastic and mesh is not None:
             raise ValueError("initialize: elastic must be False with a mesh, whose ranks are fixed; got True; drop one")
         if mesh is not None:
@@ -412,6 +426,8 @@ def initialize(
         _check_ranks(config, ranks, [place[2] for place in places])
 
         def make_endpoint(device: jax.Device, rank: int) -> _ffi.Endpoint:
+            if kernels == "nixl_ep":
+                return nixl_ep.make_endpoint(device, rank, config, timeout_s, on_timeout == "mask")
             return _ffi.make_endpoint(
                 device,
                 rank=rank,
@@ -459,6 +475,13 @@ def initialize(
             raise
         for seat in seats:
             _ffi.set_endpoint(seat.device, seat.endpoint)
+        _ffi.use_kernels(kernels)
+        if kernels == "nixl_ep":
+            try:
+                nixl_ep.self_test(config, {seat.device: seat.rank for seat in seats}, group.members)
+            except BaseException:
+                group._close()
+                raise
         _group = group
         return group
 

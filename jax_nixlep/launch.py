@@ -1,8 +1,9 @@
 """Start the ranks of a job on this machine: `python -m jax_nixlep.launch -n 4 script.py args...`.
 
 The launcher hosts the rendezvous store, so that the death of any rank leaves it standing, and tells each rank its place
-through the environment (see `rank_env`). It prints what the ranks print, line by line behind "[rank] ". When a rank
-fails it stops the others and says which failed first and why. No rank outlives it, even if it is killed.
+through the environment (see `rank_env` and, with `--gpus`, `gpu_env`). It prints what the ranks print, line by line
+behind "[rank] ". When a rank fails it stops the others and says which failed first and why. No rank outlives it, even
+if it is killed.
 """
 
 from __future__ import annotations
@@ -88,10 +89,26 @@ def rank_env(environ: Mapping[str, str] | None = None) -> RankEnv | None:
     return RankEnv(int(rank), int(num_ranks), store, environ.get("JAX_NIXLEP_COORDINATOR"))
 
 
+def gpu_env(rank: int, num_ranks: int, gpus: int, environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What the environment of `rank` must have so that `num_ranks` ranks use the first `gpus` GPUs of this machine.
+
+    Rank r uses GPU r % gpus. Ranks that share one take memory as they need it, instead of three quarters each, and load
+    kernels when they start: one that is loaded late waits for a kernel of its own process that waits for a peer. What
+    the user's environment says about these two stays.
+    """
+    environ = os.environ if environ is None else environ
+    env = {"JAX_PLATFORMS": "cuda", "JAX_CUDA_VISIBLE_DEVICES": str(rank % gpus)}
+    if num_ranks > gpus:
+        shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "CUDA_MODULE_LOADING": "EAGER"}
+        env |= {name: environ.get(name, value) for name, value in shared.items()}
+    return env
+
+
 def run(
     argv: Sequence[str],
     num_ranks: int,
     *,
+    gpus: int | None = None,
     env: Mapping[str, str] | None = None,
     timeout_s: float | None = None,
     grace_s: float = 5.0,
@@ -103,6 +120,8 @@ def run(
     Args:
       argv: what follows `python` on the command line: ["script.py", ...] or ["-m", "module", ...].
       num_ranks: processes to start.
+      gpus: the ranks run on this machine's first so many GPUs, rank r on number r % gpus; see `gpu_env`. None: what
+        they run on is for JAX and the environment to say.
       env: environment variables to set for the ranks, besides those of this process.
       timeout_s: stop the job after so long; None = no limit.
       grace_s: time between SIGTERM and SIGKILL for ranks that have to stop.
@@ -113,6 +132,8 @@ def run(
     """
     if num_ranks < 1 or not argv:
         raise ValueError(f"run: num_ranks and argv must not be empty; got {num_ranks} and {list(argv)}; name a script")
+    if gpus is not None and gpus < 1:
+        raise ValueError(f"run: gpus must be at least 1, or None; got {gpus}; leave it out to run on CPUs")
     secret = secrets.token_hex(32)
     with socket.create_server(("127.0.0.1", 0)) as free:
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -126,7 +147,10 @@ def run(
             "PYTHONUNBUFFERED": "1",
             **(env or {}),
         }
-        return _Job([sys.executable, *argv], num_ranks, job_env, grace_s).run(timeout_s)
+        rank_envs = [{"JAX_NIXLEP_RANK": str(rank)} for rank in range(num_ranks)]
+        if gpus is not None:
+            rank_envs = [mine | gpu_env(rank, num_ranks, gpus, job_env) for rank, mine in enumerate(rank_envs)]
+        return _Job([sys.executable, *argv], [job_env | mine for mine in rank_envs], grace_s).run(timeout_s)
 
 
 class _Output:
@@ -192,12 +216,12 @@ def with_parent(command: Sequence[str]) -> list[str]:
 class _Job:
     """The ranks of one `run`, watched by one thread."""
 
-    def __init__(self, command: Sequence[str], num_ranks: int, env: Mapping[str, str], grace_s: float) -> None:
-        self._command, self._num_ranks, self._env, self._grace_s = command, num_ranks, env, grace_s
+    def __init__(self, command: Sequence[str], envs: Sequence[Mapping[str, str]], grace_s: float) -> None:
+        self._command, self._num_ranks, self._envs, self._grace_s = command, len(envs), envs, grace_s
         self._selector = selectors.DefaultSelector()  # its data are the functions to call
         self._live: dict[int, subprocess.Popen[bytes]] = {}  # not yet waited for: their ids are still theirs
         self._outputs: dict[int, list[tuple[int, _Output]]] = {}
-        self._last_lines = [collections.deque[str](maxlen=LAST_LINES) for _ in range(num_ranks)]
+        self._last_lines = [collections.deque[str](maxlen=LAST_LINES) for _ in envs]
         self._kill_at: float | None = None  # set once the job has to stop
         self._signal = 0
         self._status = 0
@@ -236,7 +260,7 @@ class _Job:
     def _start(self, rank: int) -> None:
         process = self._live[rank] = subprocess.Popen(
             with_parent(self._command),
-            env={**self._env, "JAX_NIXLEP_RANK": str(rank)},
+            env=self._envs[rank],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -325,10 +349,13 @@ def main() -> int:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(
         prog="python -m jax_nixlep.launch",
-        usage="%(prog)s -n RANKS [--timeout SECONDS] (script.py | -m module) [args ...]",
+        usage="%(prog)s -n RANKS [--gpus COUNT] [--timeout SECONDS] (script.py | -m module) [args ...]",
         description="Start the ranks of a job on this machine.",
     )
     parser.add_argument("-n", "--ranks", type=int, required=True, help="processes to start")
+    parser.add_argument(
+        "--gpus", type=int, metavar="COUNT", help="run on this machine's first COUNT GPUs, rank r on number r %% COUNT"
+    )
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="stop the job after so long")
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="a module, and its arguments")
     parser.add_argument("script", nargs=argparse.REMAINDER, help="a script, and its arguments")
@@ -336,7 +363,9 @@ def main() -> int:
     argv = ["-m", *args.module] if args.module else args.script
     if args.ranks < 1 or not argv:
         parser.error(f"-n must be at least 1 and a script or module given; got -n {args.ranks} and {argv}")
-    return run(argv, args.ranks, timeout_s=args.timeout)
+    if args.gpus is not None and args.gpus < 1:
+        parser.error(f"--gpus must be at least 1; got {args.gpus}; leave it out to run on CPUs")
+    return run(argv, args.ranks, gpus=args.gpus, timeout_s=args.timeout)
 
 
 if __name__ == "__main__":

@@ -179,11 +179,12 @@ def _layer(
 ):
     """The layer on one rank's tokens [..., H]."""
     tokens, mask = vary_alike(x.reshape(-1, x.shape[-1]), mask.reshape(-1))
-    logits = tokens.astype(jnp.float32) @ params["gate"].astype(jnp.float32)
-    if "gate_bias" in params:
-        logits = logits + params["gate_bias"].astype(jnp.float32)
-    routing = route(router, logits, bias=params.get("score_bias"), token_mask=mask, axis_names=token_axes)
-    slots = to_slots(placement, routing.expert_ids)
+    with jax.named_scope("jax_nixlep.route"):
+        logits = tokens.astype(jnp.float32) @ params["gate"].astype(jnp.float32)
+        if "gate_bias" in params:
+            logits = logits + params["gate_bias"].astype(jnp.float32)
+        routing = route(router, logits, bias=params.get("score_bias"), token_mask=mask, axis_names=token_axes)
+        slots = to_slots(placement, routing.expert_ids)
 
     manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
     chunk_tokens = min(chunk_tokens, tokens.shape[0])
@@ -200,7 +201,8 @@ def _layer(
         experts = {name: params.get(name) for name in _EXPERT_PARAMS}
         if tensor_axis is not None and "bo" in params:  # results are summed over that axis: one part has the bias
             experts["bo"] = jnp.where(jax.lax.axis_index(tensor_axis) == 0, params["bo"], 0)
-        out = grouped_mlp(received.tokens, received.group_sizes, activation=activation, **experts)
+        with jax.named_scope("jax_nixlep.experts"):
+            out = grouped_mlp(received.tokens, received.group_sizes, activation=activation, **experts)
         if backend == "xla":
             y = reference.combine(out, received.handle, config=config, axis=_reference_axis(axis, manual))
             order = received.status.order

@@ -59,6 +59,20 @@ def quantize(x: jax.Array, *, scale_format: ScaleFormat, round_scale: bool) -> t
     return q, scale_inv
 
 
+@jax.custom_jvp
+def as_given(q: jax.Array, scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Tokens that a caller quantised, and their scales, ue8m0 as bytes; refuses to be differentiated."""
+    return q, scales if scales.dtype == jnp.float32 else lax.bitcast_convert_type(scales, jnp.uint8)
+
+
+@as_given.defjvp
+def _refuse_gradient(primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "dispatch: x and scales must not be differentiated when x is quantised; got a gradient through them; pass x in "
+        "config.dtype, whose gradient goes straight through the rounding, or apply jax.lax.stop_gradient to both"
+    )
+
+
 def dequantize(q: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
     """float32(q) * scale_inv, cast to `dtype`.
 

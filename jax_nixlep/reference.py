@@ -29,22 +29,25 @@ def dispatch(
     *,
     config: EpConfig,
     axis: Axis = "ep",
+    scales: jax.Array | None = None,
     dequantize: bool = True,
     recv_capacity: int | None = None,
     after: jax.Array | None = None,
 ) -> Received:
     """Sends each token to the ranks of its experts. Call it inside shard_map over `axis`.
 
-    Differentiable in `x` (straight through the rounding of the wire) and in `weights` (through
-    `handle.row_weights`).
+    Differentiable in `x` (straight through the rounding of the wire), unless it is quantised already, and in
+    `weights` (through `handle.row_weights`).
 
     Args:
-      x: [t, H] tokens of this rank in `config.dtype`, t <= `config.max_tokens_per_rank`.
+      x: [t, H] tokens of this rank in `config.dtype`, t <= `config.max_tokens_per_rank`. With `scales`,
+        float8_e4m3fn.
       expert_ids: [t, K] int32 physical slots `rank * experts_per_rank + local expert`; -1 = none.
         Others outside the group are counted in `status.invalid_ids` and treated as -1.
       weights: [t, K] float32 routing weights, or None for ones.
       config: capacities; equal on all ranks.
       axis: mesh axis of at most `config.max_ranks` ranks; None for a group of this one rank.
+      scales: [t, H / 128] of a quantised `x`: float32, or for "ue8m0" float8_e8m0fnu or its bytes.
       dequantize: False returns the fp8 values and scales of `wire="fp8_e4m3"` (not differentiable in x).
       recv_capacity: rows to return, instead of `config.num_rows`.
       after: ignored.
@@ -56,7 +59,7 @@ def dispatch(
       ValueError: shapes, dtypes or an axis that do not fit the config.
     """
     del after
-    check_dispatch(x, expert_ids, weights, config, dequantize, recv_capacity)
+    check_dispatch(x, scales, expert_ids, weights, config, dequantize, recv_capacity)
     ranks, rank = _axis_size("dispatch", config, axis), (lax.axis_index(axis) if axis else 0)
     rows = config.num_rows if recv_capacity is None else int(recv_capacity)
     valid = (expert_ids >= 0) & (expert_ids < config.num_slots)
@@ -64,7 +67,11 @@ def dispatch(
     expert_ids = jnp.where(valid, expert_ids, -1)
 
     row_of, sizes, demand = _assign_rows(_gather(expert_ids, axis), rank, config.experts_per_rank, rows)
-    tokens, scales = _deliver(config, axis, dequantize, rows, *vary_alike(x, row_of))
+    if scales is None:
+        tokens, row_scales = _deliver(config, axis, dequantize, rows, *vary_alike(x, row_of))
+    else:
+        values = vary_alike(*quant.as_given(x, scales), row_of)
+        tokens, row_scales = _deliver_quantized(config, axis, dequantize, rows, *values)
     if weights is None:
         row_weights = (jnp.arange(rows) < sizes.sum()).astype(jnp.float32)
     else:
@@ -73,7 +80,7 @@ def dispatch(
     handle = Handle(expert_ids, jnp.pad(row_of, pad, constant_values=-1), row_weights)
     peers = jnp.where(jnp.arange(config.max_ranks) < ranks, PEER_OK, PEER_ABSENT).astype(jnp.int32)
     status = Status(peers, (demand - sizes).sum(), invalid, jnp.zeros((), jnp.float32))
-    return Received(tokens, scales, sizes, demand, handle, status)
+    return Received(tokens, row_scales, sizes, demand, handle, status)
 
 
 def combine(
@@ -157,11 +164,20 @@ def _deliver(
     config: EpConfig, axis: Axis, dequantize: bool, rows: int, x: jax.Array, row_of: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
     """Tokens [t, H] of each rank -> rows [C, H] through the wire of `dispatch`."""
-    source = _sources(row_of, rows)
     if config.wire != "fp8_e4m3":
-        return _to_rows(_wire(config, x).astype(x.dtype), source, axis), None
+        return _to_rows(_wire(config, x).astype(x.dtype), _sources(row_of, rows), axis), None
     values = quant.quantize(x, scale_format=config.scale_format, round_scale=config.round_scale)
-    q, scales = (_to_rows(v, source, axis) for v in lax.optimization_barrier(values))
+    q, scales = lax.optimization_barrier(values)
+    return _deliver_quantized(config, axis, dequantize, rows, q, scales, row_of)
+
+
+def _deliver_quantized(
+    config: EpConfig, axis: Axis, dequantize: bool, rows: int, q: jax.Array, scales: jax.Array, row_of: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    source = _sources(row_of, rows)
+    q, scales = _to_rows(q, source, axis), _to_rows(scales, source, axis)
+    if config.scale_format == "ue8m0":
+        scales = lax.bitcast_convert_type(scales, config.scale_dtype)
     return (quant.dequantize(q, scales, config.dtype), None) if dequantize else (q, scales)
 
 

@@ -27,6 +27,23 @@ class Handle(NamedTuple):
     row_weights: jax.Array
 
 
+class PackedHandle(NamedTuple):
+    """The handle of groups with `kernels="nixl_ep"`, where weights stay with their tokens. Treat as opaque.
+
+    Attributes:
+      expert_ids: [t, K] int32, the ids this rank dispatched (invalid ones replaced by -1).
+      weights: [t, K] float32, of `dispatch`.
+      source: [C] int32, the token of each row on its rank.
+      ranges: [E, R, 2] int32, how many rows of each local expert came from each rank, and the first of them, counted
+        from row `e * R * max_tokens_per_rank`.
+    """
+
+    expert_ids: jax.Array
+    weights: jax.Array
+    source: jax.Array
+    ranges: jax.Array
+
+
 class Status(NamedTuple):
     """What happened in one `dispatch` call, seen from this rank.
 
@@ -52,7 +69,7 @@ class Received(NamedTuple):
       scales: None, or with `dequantize=False` the fp8 scales [C, H / 128].
       group_sizes: [E] int32, rows of each local expert.
       demand: [E] int32, rows each local expert would have had with unlimited capacity.
-      handle: `Handle` for `combine`.
+      handle: `Handle` for `combine`; `PackedHandle` with `kernels="nixl_ep"`.
       status: `Status`.
     """
 
@@ -60,5 +77,5 @@ class Received(NamedTuple):
     scales: jax.Array | None
     group_sizes: jax.Array
     demand: jax.Array
-    handle: Handle
+    handle: Handle | PackedHandle
     status: Status

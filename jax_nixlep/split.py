@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from jax_nixlep import _ffi, _order
-from jax_nixlep._check import check_combine, check_dispatch
+from jax_nixlep._check import check_combine
 from jax_nixlep._vary import vary
 from jax_nixlep.config import EpConfig
-from jax_nixlep.dispatch import OpSpec
+from jax_nixlep.dispatch import OpSpec, dispatch_call
 from jax_nixlep.routing import Handle, Received, Status
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["x", "clean_ids", "invalid_ids", "ticket", "order"],
+    data_fields=["clean_ids", "invalid_ids", "ticket", "order"],
     meta_fields=["spec"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,6 @@ class PendingDispatch:
     """A dispatch that was started. Pass it to `dispatch_finish`, once; `order` can be `after=` of another operation."""
 
     spec: OpSpec
-    x: jax.Array
     clean_ids: jax.Array
     invalid_ids: jax.Array
     ticket: jax.Array
@@ -56,6 +55,7 @@ def dispatch_start(
     weights: jax.Array | None = None,
     *,
     config: EpConfig,
+    scales: jax.Array | None = None,
     after: jax.Array | None = None,
     dequantize: bool = True,
     recv_capacity: int | None = None,
@@ -66,18 +66,14 @@ def dispatch_start(
     Raises:
       NotImplementedError: when a program is compiled for CPUs.
     """
-    check_dispatch(x, expert_ids, weights, config, dequantize, recv_capacity)
-    ordinal, rows = _order.next_ordinal("dispatch"), recv_capacity or config.num_rows
-    spec = OpSpec(config, ordinal, rows, weights is not None, dequantize)
-    flat = jnp.zeros((0,), jnp.float32) if weights is None else weights
+    spec, operands = dispatch_call(x, scales, expert_ids, weights, config, after, dequantize, recv_capacity)
     results = (
         _ffi.struct(expert_ids.shape, jnp.int32),  # clean ids
         _ffi.struct((), jnp.int32),  # invalid_ids
         _ffi.struct((2,), jnp.int32),  # ticket
         _ffi.struct((), jnp.float32),  # order
     )
-    operands = (*map(vary, (x, expert_ids, flat)), _order.edge(after))
-    return PendingDispatch(spec, x, *_ffi.call("dispatch_start", results, *operands, **spec.attributes()))
+    return PendingDispatch(spec, *_ffi.call("dispatch_start", results, *operands, **spec.attributes()))
 
 
 def dispatch_finish(pending: PendingDispatch, *, after: jax.Array | None = None) -> Received:
@@ -96,7 +92,7 @@ def dispatch_finish(pending: PendingDispatch, *, after: jax.Array | None = None)
         _ffi.struct((), i32),  # dropped
         _ffi.struct((), jnp.float32),  # order
     )
-    operands = (vary(pending.x), pending.ticket, _order.edge(after))
+    operands = (pending.ticket, _order.edge(after))
     out = _ffi.call("dispatch_finish", results, *operands, **spec.attributes())
     tokens, scales, row_weights, group_sizes, demand, row_of, peers, dropped, order = out
     return Received(

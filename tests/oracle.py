@@ -48,6 +48,10 @@ def quantize(x, scale_format="float32", round_scale=False):
     return q, scales.astype(ml_dtypes.float8_e8m0fnu) if scale_format == "ue8m0" else scales
 
 
+def dequantize_blocks(q, scales):
+    return q.astype(np.float32) * np.repeat(scales.astype(np.float32), BLOCK, axis=1)
+
+
 def limits(demand, rows):
     """Rows each expert keeps when `rows` are to be had."""
     level = 0
@@ -60,12 +64,13 @@ def limits(demand, rows):
     return kept
 
 
-def dispatch(xs, ids, weights, config, *, dequantize=True, recv_capacity=None):
+def dispatch(xs, ids, weights, config, *, scales=None, dequantize=True, recv_capacity=None):
     """All ranks' `dispatch`.
 
     Args:
       xs: per rank [t, H] in config.dtype; ids: per rank [t, K] int32; weights: per rank [t, K] float32, or None.
         t may differ between ranks. Ranks that are not members are None in `xs` and `ids` (or missing at the end).
+      scales: per rank [t, H / 128], if `xs` are float8_e4m3fn already.
 
     Returns:
       A list of `Result`, None for ranks that are not members.
@@ -73,7 +78,8 @@ def dispatch(xs, ids, weights, config, *, dequantize=True, recv_capacity=None):
     experts, top_k = config.experts_per_rank, config.top_k
     capacity = config.num_rows if recv_capacity is None else recv_capacity
     xs = [None if x is None else np.asarray(x) for x in xs]
-    wired = [None if x is None else _wire(x, config, dequantize) for x in xs]
+    given = [None] * len(xs) if scales is None else scales
+    wired = [None if x is None else _wire(x, s, config, dequantize) for x, s in zip(xs, given, strict=True)]
     clean, invalid = [], []
     for i in ids:
         i = None if i is None else np.array(i)
@@ -100,18 +106,18 @@ def dispatch(xs, ids, weights, config, *, dequantize=True, recv_capacity=None):
                         wanted[e].append((source, t, np.float32(1) if weights is None else weight))
         demand = [len(w) for w in wanted]
         sizes = limits(demand, capacity)
-        values, scales = next(w for w in wired if w is not None)
+        values, of_row = next(w for w in wired if w is not None)
         tokens = np.zeros((capacity, config.hidden), values.dtype)
-        out_scales = None if scales is None else _zero_bytes((capacity, scales.shape[1]), scales.dtype)
+        out_scales = None if of_row is None else _zero_bytes((capacity, of_row.shape[1]), of_row.dtype)
         row_weights = np.zeros(capacity, np.float32)
         row_of = np.full((config.max_ranks, config.max_tokens_per_rank, top_k), -1, np.int32)
         row = 0
         for e in range(experts):
             for source, t, weight in wanted[e][: sizes[e]]:
-                values, scales = wired[source]
+                values, of_row = wired[source]
                 tokens[row] = values[t]
-                if scales is not None:
-                    out_scales[row] = scales[t]
+                if of_row is not None:
+                    out_scales[row] = of_row[t]
                 row_weights[row] = weight
                 for k in range(top_k):
                     if clean[source][t, k] == rank * experts + e:
@@ -180,15 +186,13 @@ def _reweigh(handle, weights):
     return result
 
 
-def _wire(x, config, dequantize):
+def _wire(x, scales, config, dequantize):
     if config.wire == "same":
         return x, None
     if config.wire == "bf16":
         return x.astype(ml_dtypes.bfloat16).astype(x.dtype), None
-    q, scales = quantize(x, config.scale_format, config.round_scale)
-    if not dequantize:
-        return q, scales
-    return (q.astype(np.float32) * np.repeat(scales.astype(np.float32), BLOCK, axis=1)).astype(x.dtype), None
+    q, scales = quantize(x, config.scale_format, config.round_scale) if scales is None else (x, scales)
+    return (dequantize_blocks(q, scales).astype(config.dtype), None) if dequantize else (q, scales)
 
 
 def _zero_bytes(shape, dtype):

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
-from test_ops import make_config, make_input
+from test_ops import make_config, make_input, make_quantized
 
 import jax_nixlep as nx
 from jax_nixlep import _ffi, _host
@@ -51,6 +52,22 @@ def every_operation(x, ids, weights):
     return y + nx.combine_finish(nx.combine_start(again.tokens, again.handle, config=CONFIG))
 
 
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+def test_quantized_input_reaches_the_handlers_as_it_is(scale_format):
+    config = make_config(wire="fp8_e4m3", hidden=256, scale_format=scale_format)
+    q, scales = make_quantized(config, 0, 6, 0)
+
+    def operations(q, scales, ids):
+        received = nx.dispatch(q, ids, config=config, scales=scales)
+        pending = nx.dispatch_start(q, ids, config=config, scales=scales, after=received.status.order)
+        return received, nx.dispatch_finish(pending)
+
+    text = jax.jit(operations).trace(q, scales, make_input(config, 0, 6, 0)[1]).lower(lowering_platforms=("cuda",))
+    calls = re.findall(r"@jax_nixlep_dispatch(?:_start)?\(.*: \(([^)]*)\)", text.as_text())
+    sent = "tensor<6x256xf8E4M3FN>, tensor<6x2x" + ("ui8>" if scale_format == "ue8m0" else "f32>")
+    assert len(calls) == 2 and all(call.startswith(sent) for call in calls), calls
+
+
 def test_operations_lower_to_the_handlers_of_cuda():
     arguments = make_input(CONFIG, 0, 6, 0)
 
@@ -69,7 +86,23 @@ def test_operations_lower_to_the_handlers_of_cuda():
         "dispatch", "combine", "redispatch", "dispatch_start", "dispatch_finish", "combine_start", "combine_finish",
     }  # fmt: skip
     if _ffi.cuda_built():
-        assert emitted | {"mark"} == set(_ffi._cuda.handlers())
+        assert emitted | {"mark", "nixl_ep_dispatch", "nixl_ep_combine"} == set(_ffi._cuda.handlers())
+
+
+def test_profilers_see_names():
+    """The scopes of what is compiled, forward and backward."""
+
+    def loss(x, params):
+        y, aux = nx.nixlep_moe(x, params, config=CONFIG, router=nx.Router(num_experts=4, top_k=CONFIG.top_k))
+        return y.sum() + aux.loss
+
+    hidden = CONFIG.hidden
+    params = {"gate": np.ones((hidden, 4), np.float32), "wi_0": np.ones((2, hidden, 8), np.float32)}
+    params["wo"] = np.ones((2, 8, hidden), np.float32)
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(np.ones((4, hidden), np.float32), params)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
+    assert set(re.findall(r"jax_nixlep\.(\w+)", text)) == {"route", "dispatch", "experts", "combine", "redispatch"}
+    assert re.search(r"jvp\([^\n]*jax_nixlep\.dispatch", text), "the forward operation of a gradient"
 
 
 @needs_cuda

@@ -112,12 +112,31 @@ def test_a_folder_of_hugging_face_has_bounds(mixtral):
     assert done.returncode == 2 and "config.json must exist" in done.stderr
 
 
+def test_the_decode_benchmark_compares_equal_programs(tmp_path):
+    sizes = {"layers": 2, "hidden": 32, "experts": 4, "top-k": 2, "expert-dim": 16, "heads": 2, "kv-heads": 1}
+    sizes |= {"head-dim": 16, "vocab": 64, "length": 32, "steps": 4, "batch": 3, "tokens": 8}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", value)]
+    done = run_example("bench_decode.py", *options, "--dtype", "float32", "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    (step,), (layer,) = result["decode"], result["layer"]
+    assert (step["batch"], step["operations"], layer["tokens"]) == (3, 4, 8)
+    for row in (step, layer):
+        assert row["us"] > 0 and row["local_us"] > 0 and row["profile"] is None
+        assert row["max_relative_difference"] < 1e-4
+    assert "decode, batch 3: " in done.stdout and "no profile of kernels" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("script", "options", "words"),
     [
         ("train_lm.py", ["--ranks", "3"], "--ranks must divide"),
         ("train_lm.py", ["--steps", "0"], "--steps must be at least 1"),
         ("generate.py", ["--checkpoint", "nowhere"], "--checkpoint must exist"),
+        ("bench_decode.py", ["--batch", "0"], "--batch must be at least 1; got [0]"),
+        ("bench_decode.py", ["--top-k", "65"], "--top-k must be at most --experts"),
+        ("bench_decode.py", ["--length", "80"], "--length must be at least 408; got 80; raise it, or lower --steps"),
+        ("generate.py", ["--gpus", "0"], "--gpus must be at least 1; got 0; leave it out to run on CPUs"),
     ],
 )
 def test_bad_options_are_refused(script, options, words):

@@ -293,11 +293,26 @@ def test_run_from_a_program(script: Callable[[str], str], capfd: pytest.CaptureF
     assert captured.err.count("launch: rank 1 of 2 failed first: exit status 6") == 2
 
 
+def test_ranks_share_gpus(script: Callable[[str], str]) -> None:
+    path = script("""
+        names = ("JAX_PLATFORMS", "JAX_CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_PREALLOCATE", "CUDA_MODULE_LOADING")
+        print(*map(os.environ.get, names))
+    """)
+    done = launched("-n", "3", "--gpus", "2", path)
+    assert sorted(done.stdout.splitlines()) == [f"[{r}] cuda {r % 2} false EAGER" for r in range(3)], done.stderr
+    done = launched("-n", "2", "--gpus", "4", path)
+    assert sorted(done.stdout.splitlines()) == [f"[{r}] cuda {r} None None" for r in range(2)], done.stderr
+    mine = launch.gpu_env(1, 2, 1, {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"})
+    assert mine["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true" and mine["JAX_CUDA_VISIBLE_DEVICES"] == "0"
+
+
 def test_bad_arguments() -> None:
     for num_ranks, argv in [(0, ["x.py"]), (2, [])]:
         with pytest.raises(ValueError, match="run: num_ranks and argv must not be empty"):
             run(argv, num_ranks)
-    for args in (["-n", "2"], ["-n", "0", "x.py"], ["x.py"]):
+    with pytest.raises(ValueError, match="run: gpus must be at least 1, or None; got 0; leave it out to run on CPUs"):
+        run(["x.py"], 2, gpus=0)
+    for args in (["-n", "2"], ["-n", "0", "x.py"], ["x.py"], ["-n", "2", "--gpus", "0", "x.py"]):
         done = launched(*args)
         assert done.returncode == 2
         assert "usage:" in done.stderr

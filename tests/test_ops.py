@@ -37,6 +37,17 @@ def make_input(config, rank, tokens, seed, ids="any"):
     return x, chosen.astype(np.int32), rng.standard_normal(shape).astype(np.float32)
 
 
+def make_quantized(config, rank, tokens, seed):
+    """What no quantisation here would give: any finite e4m3 values with any scales. [t, H] and [t, H / 128]."""
+    rng = np.random.default_rng([seed, rank, 1])
+    q = rng.integers(0, 256, (tokens, config.hidden), np.uint8)
+    q = np.where(q & 0x7F == 0x7F, 0, q).astype(np.uint8).view(ml_dtypes.float8_e4m3fn)
+    shape = (tokens, config.hidden // 128)
+    if config.scale_format == "ue8m0":
+        return q, rng.integers(112, 124, shape, np.uint8).view(ml_dtypes.float8_e8m0fnu)
+    return q, rng.standard_normal(shape, np.float32) / 8
+
+
 def expert_outputs(tokens, rank):
     """Not the identity: each expert row is changed in a way that depends on where it was computed."""
     out = np.asarray(tokens).astype(np.float32) * (1 + rank) + np.float32(0.5)
@@ -58,8 +69,11 @@ def rank_round_trip(job, cases):
         x, ids, weights = make_input(config, job.rank, tokens[job.rank], seed, options.get("ids", "any"))
         dequantize = options.get("dequantize", True)
         chosen = {"dequantize": dequantize, "recv_capacity": options.get("recv_capacity")}
+        scales = None
+        if options.get("quantized"):
+            x, scales = make_quantized(config, job.rank, tokens[job.rank], seed)
         send = jax.jit(functools.partial(nx.dispatch, config=config, **chosen))
-        received = send(x, ids, weights if options.get("weigh_at_dispatch", True) else None)
+        received = send(x, ids, weights if options.get("weigh_at_dispatch", True) else None, scales=scales)
         row = {"received": jax.tree.map(np.asarray, received)}
         if dequantize:
             out = expert_outputs(np.asarray(received.tokens), job.rank)
@@ -77,11 +91,16 @@ def check_round_trip(pool, cases):
     for i, (config, tokens, seed, options) in enumerate(cases):
         inputs = [make_input(config, r, tokens[r], seed, options.get("ids", "any")) for r in range(pool.num_ranks)]
         xs, ids, weights = (list(column) for column in zip(*inputs, strict=True))
+        scales = None
+        if options.get("quantized"):
+            given = [make_quantized(config, r, tokens[r], seed) for r in range(pool.num_ranks)]
+            xs, scales = (list(column) for column in zip(*given, strict=True))
         expected = oracle.dispatch(
             xs,
             ids,
             weights if options.get("weigh_at_dispatch", True) else None,
             config,
+            scales=scales,
             dequantize=options.get("dequantize", True),
             recv_capacity=options.get("recv_capacity"),
         )
@@ -121,6 +140,26 @@ WIRES = [
     {"wire": "fp8_e4m3", "hidden": 256, "round_scale": True},
     {"wire": "fp8_e4m3", "hidden": 128, "scale_format": "ue8m0"},
 ]
+
+
+def quantized_cases(num_ranks):
+    """Tokens that come quantised: every type to come out as, both kinds of scales, drops, idle ranks, no weights."""
+    plain, bytes_ = ({"max_ranks": num_ranks, "experts_per_rank": 3} | wire for wire in (WIRES[2], WIRES[4]))
+    cases = [(make_config(dtype=dtype, **plain), [5] * num_ranks, 1, {}) for dtype in ("float32", "float16")]
+    cases += [(make_config(dtype="bfloat16", **wire), [5] * num_ranks, 1, {"dequantize": dequantize})
+              for wire in (plain, bytes_) for dequantize in (True, False)]  # fmt: skip
+    wide = bytes_ | {"hidden": 384, "max_tokens_per_rank": 20}
+    cases += [(make_config(**wide), [20 - r for r in range(num_ranks)], 2, {"recv_capacity": 9, "dequantize": False})]
+    cases += [(make_config(**bytes_), [r % 3 for r in range(num_ranks)], 3, {})]
+    cases += [(make_config(**plain), [0] * num_ranks, 4, {})]
+    cases += [(make_config(**plain), [6] * num_ranks, 5, {"weigh_at_dispatch": False, "ids": "distinct"})]
+    return [(config, tokens, seed, options | {"quantized": True}) for config, tokens, seed, options in cases]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_quantized_input_equals_oracle(pools, num_ranks, transport):
+    check_round_trip(pools(num_ranks, transport), quantized_cases(num_ranks))
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -233,6 +272,70 @@ def rank_wire_gradients(job, config):
         return nx.combine(received.tokens, received.handle, config=config).astype(jnp.float32).sum()
 
     return np.asarray(jax.jit(jax.grad(loss))(x))
+
+
+def rank_quantized_gradients(job, config, dequantize):
+    """Gradients of sum(dy * y) in the weights, for y = combine(gain of the rank * row) and quantised tokens."""
+    import jax
+
+    import jax_nixlep as nx
+    from jax_nixlep import quant
+
+    job.initialize(config)
+    _, ids, weights = make_input(config, job.rank, 6, 0)
+    q, scales = make_quantized(config, job.rank, 6, 0)
+    dy = make_input(config, job.rank, 6, 100)[0].astype(ml_dtypes.bfloat16).astype(np.float32)  # as cotangents travel
+
+    def loss(weights):
+        received = nx.dispatch(q, ids, weights, config=config, scales=scales, dequantize=dequantize)
+        rows = received.tokens if dequantize else quant.dequantize(received.tokens, received.scales, config.dtype)
+        return (nx.combine(rows * (1 + job.rank), received.handle, config=config) * dy).sum()
+
+    return np.asarray(jax.jit(jax.grad(loss))(weights))
+
+
+def check_quantized_gradients(pool):
+    for dequantize, scale_format in ((True, "float32"), (False, "float32"), (False, "ue8m0")):
+        config = make_config(wire="fp8_e4m3", hidden=128, scale_format=scale_format)
+        for rank, gradient in enumerate(pool.run(rank_quantized_gradients, config, dequantize)):
+            _, ids, _ = make_input(config, rank, 6, 0)
+            x = oracle.dequantize_blocks(*make_quantized(config, rank, 6, 0)).astype(np.float64)
+            dy = make_input(config, rank, 6, 100)[0].astype(ml_dtypes.bfloat16).astype(np.float64)
+            gain = np.where((ids >= 0) & (ids < config.num_slots), 1 + ids // config.experts_per_rank, 0)
+            want = gain * (dy * x).sum(1, keepdims=True)
+            np.testing.assert_allclose(gradient, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_weights_have_gradients_beside_quantized_input(pools, transport):
+    check_quantized_gradients(pools(2, transport))
+
+
+def rank_strange_values(job, config):
+    """NaN values and NaN scales, and scales given as bytes."""
+    import jax
+
+    import jax_nixlep as nx
+
+    job.initialize(config)
+    q = np.full((3, 128), 0x3A, np.uint8)
+    q[0, 5] = 0xFF
+    scales = np.array([[127], [255], [130]], np.uint8)
+    send = jax.jit(functools.partial(nx.dispatch, config=config))
+    return np.asarray(send(q.view(ml_dtypes.float8_e4m3fn), np.zeros((3, 1), np.int32), scales=scales).tokens)
+
+
+def check_strange_values(pool):
+    config = make_config(max_ranks=1, wire="fp8_e4m3", hidden=128, scale_format="ue8m0", top_k=1)
+    tokens = pool.run(rank_strange_values, config)[0]
+    nan = np.zeros((3, 128), bool)
+    nan[0, 5] = nan[1] = True
+    np.testing.assert_array_equal(np.isnan(tokens[:3]), nan)
+    assert tokens[0, 0] == 1.25 and tokens[2, 0] == 10
+
+
+def test_quantized_input_may_hold_nan(pools):
+    check_strange_values(pools(1))
 
 
 def test_gradients_pass_straight_through_fp8(pools):

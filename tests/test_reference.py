@@ -1,5 +1,6 @@
 """The plain JAX ops against numpy loops (`oracle`), closed forms, and a dense layer."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from test_ops import make_quantized
 
-from jax_nixlep import reference
+import jax_nixlep as nx
+from jax_nixlep import quant, reference
 from jax_nixlep.config import EpConfig
 from jax_nixlep.routing import PEER_ABSENT, PEER_OK, Handle
 
@@ -134,6 +137,25 @@ def test_fp8_values_and_scales(scale_format):
     x, ids, weights = random_input(config, 4, 5, 0)
     received = dispatch_on(config, 4, dequantize=False)(x, ids, weights)
     assert_received(received, oracle.dispatch(list(x), list(ids), list(weights), config, dequantize=False), 4)
+
+
+@pytest.mark.parametrize("as_bytes", [False, True])
+@pytest.mark.parametrize("dequantize", [False, True])
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+def test_quantized_input(scale_format, dequantize, as_bytes):
+    if as_bytes and scale_format == "float32":
+        pytest.skip("only exponents are bytes")
+    config = make_config(wire="fp8_e4m3", hidden=256, dtype=jnp.bfloat16, scale_format=scale_format)
+    _, ids, weights = random_input(config, 4, 5, 0)
+    q, scales = (list(column) for column in zip(*(make_quantized(config, r, 5, 0) for r in range(4)), strict=True))
+    given = np.stack(scales)
+
+    def op(q, ids, weights, scales):
+        return reference.dispatch(q, ids, weights, config=config, scales=scales, dequantize=dequantize)
+
+    received = mapped(op, 4)(np.stack(q), ids, weights, given.view(np.uint8) if as_bytes else given)
+    want = oracle.dispatch(q, list(ids), list(weights), config, scales=scales, dequantize=dequantize)
+    assert_received(received, want, 4)
 
 
 def test_capacity_of_one_call():
@@ -335,7 +357,7 @@ def test_dropped_tokens_get_no_gradient():
 # Bad input
 
 
-def call_dispatch(config=None, tokens=5, x=None, ids=None, **kwargs):
+def call_dispatch(x=None, ids=None, config=None, tokens=5, **kwargs):
     config = config or make_config()
     x = jnp.zeros((tokens, 8)) if x is None else x
     ids = jnp.zeros((tokens, 3), jnp.int32) if ids is None else ids
@@ -362,6 +384,64 @@ def test_dispatch_refuses(kwargs, message):
         call_dispatch(**kwargs)
 
 
+FP8 = make_config(wire="fp8_e4m3", hidden=256)
+Q, SCALES = jnp.zeros((5, 256), jnp.float8_e4m3fn), jnp.zeros((5, 2))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"x": Q}, "dispatch: scales must be given for an x of float8_e4m3fn; got None; pass those of quantize"),
+        (
+            {"x": Q[:, :8], "config": make_config(), "scales": SCALES},
+            'scales must be None for wire="same"; got float32',
+        ),
+        (
+            {"x": jnp.zeros((5, 256)), "scales": SCALES},
+            r"dispatch: x must be float8_e4m3fn \[5, 256\]; got float32 .*; quan",
+        ),
+        (
+            {"x": Q, "scales": SCALES[:, :1]},
+            r"dispatch: scales must be float32 \[5, 2\]; got float32 \[5, 1\]; quantise",
+        ),
+        (
+            {"x": Q, "scales": SCALES.astype(jnp.uint8)},
+            r"dispatch: scales must be float32 \[5, 2\]; got uint8 \[5, 2\]",
+        ),
+        (
+            {"x": Q, "scales": SCALES, "config": dataclasses.replace(FP8, scale_format="ue8m0")},
+            r"dispatch: scales must be float8_e8m0fnu \[5, 2\]; got float32 \[5, 2\]; quantise with the config's",
+        ),
+    ],
+)
+@pytest.mark.parametrize("dispatch", [nx.dispatch, nx.dispatch_start, call_dispatch])
+def test_dispatch_refuses_quantized_input(dispatch, kwargs, message):
+    arguments = {"config": FP8} | kwargs
+    with pytest.raises(ValueError, match=message):
+        dispatch(arguments.pop("x"), jnp.zeros((5, 3), jnp.int32), **arguments)
+
+
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+@pytest.mark.parametrize("dispatch", [nx.dispatch, functools.partial(reference.dispatch, axis=None)])
+def test_refuses_gradients_of_quantized_input(dispatch, scale_format):
+    config = dataclasses.replace(FP8, scale_format=scale_format)
+    ids, weights = jnp.zeros((5, 3), jnp.int32), jnp.ones((5, 3))
+
+    def loss(x, weights, stop=lambda values: values):
+        q, scales = stop(quant.quantize(x, scale_format=scale_format, round_scale=config.round_scale))
+        received = dispatch(q, ids, weights, config=config, scales=scales)
+        return received.tokens.sum() + received.handle.row_weights.sum()
+
+    def forward(x, weights):
+        return jax.jvp(lambda x: loss(x, weights), (x,), (x,))
+
+    for gradient in (jax.grad(loss), jax.jit(jax.grad(loss)), jax.grad(jax.jit(loss)), forward):
+        with pytest.raises(TypeError, match=r"dispatch: x and scales must not be differentiated .*; got a gradient"):
+            jax.eval_shape(gradient, jnp.ones((5, 256)), weights)
+    stopped = functools.partial(loss, stop=jax.lax.stop_gradient)
+    jax.eval_shape(jax.grad(stopped, argnums=(0, 1)), jnp.ones((5, 256)), weights)
+
+
 def test_combine_refuses():
     config, received = make_config(), call_dispatch()
     combine = functools.partial(reference.combine, config=config, axis=None)
@@ -386,7 +466,7 @@ def test_refuses_gradients_of_quantised_tokens():
     config = make_config(wire="fp8_e4m3", hidden=128)
 
     def loss(x):
-        received = call_dispatch(config, x=x, dequantize=False)
+        received = call_dispatch(x, config=config, dequantize=False)
         return (received.tokens.astype(jnp.float32).sum() + received.scales.sum()).sum()
 
     with pytest.raises(ValueError, match="dispatch: dequantize must be True to differentiate in x; got False"):

@@ -78,13 +78,12 @@ OpTag Tag(OpKind kind, const OpAttributes& attributes, const RowFormat& format, 
 
 uint64_t* Ticket(I32& buffer) { return reinterpret_cast<uint64_t*>(buffer.typed_data()); }
 
-ffi::Error Dispatch(cudaStream_t stream, int32_t device, OpAttributes attributes, Any x, I32 ids, F32 weights,
-                    Any /*after*/, ffi::Result<Any> rows, ffi::Result<Any> scales, ffi::Result<F32> row_weights,
-                    ffi::Result<I32> group_sizes, ffi::Result<I32> demand, ffi::Result<I32> clean_ids,
-                    ffi::Result<I32> row_of, ffi::Result<I32> peers, ffi::Result<I32> dropped,
-                    ffi::Result<I32> invalid_ids, ffi::Result<F32> order) {
-  RowFormat format = MakeFormat(attributes, x.element_type(), x.dimensions()[1]);
-  format.dequantize = rows->element_type() == x.element_type();
+ffi::Error Dispatch(cudaStream_t stream, int32_t device, OpAttributes attributes, Any x, Any x_scales, I32 ids,
+                    F32 weights, Any /*after*/, ffi::Result<Any> rows, ffi::Result<Any> scales,
+                    ffi::Result<F32> row_weights, ffi::Result<I32> group_sizes, ffi::Result<I32> demand,
+                    ffi::Result<I32> clean_ids, ffi::Result<I32> row_of, ffi::Result<I32> peers,
+                    ffi::Result<I32> dropped, ffi::Result<I32> invalid_ids, ffi::Result<F32> order) {
+  const RowFormat format = MakeTokenFormat(attributes, x.element_type(), rows->element_type(), x.dimensions()[1]);
   const bool weighted = attributes.weighted != 0;
   const Sizes sizes = HandleSizes(*row_of, group_sizes->dimensions()[0]);
   return Run(device, stream, "jax_nixlep.dispatch", Tag(OpKind::kDispatch, attributes, format, weighted), format,
@@ -94,7 +93,8 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, OpAttributes attributes
                                    .ids = ids.typed_data(),
                                    .weights = weighted ? weights.typed_data() : nullptr,
                                    .clean_ids = clean_ids->typed_data(),
-                                   .invalid_ids = invalid_ids->typed_data()});
+                                   .invalid_ids = invalid_ids->typed_data(),
+                                   .x_scales = ScalesOf(x, x_scales)});
                launch.order = order->typed_data();
                ReceiveTokens(launch, {.num_rows = rows->dimensions()[0],
                                       .weighted = weighted,
@@ -109,8 +109,8 @@ ffi::Error Dispatch(cudaStream_t stream, int32_t device, OpAttributes attributes
              });
 }
 
-ffi::Error DispatchStart(cudaStream_t stream, int32_t device, OpAttributes attributes, Any x, I32 ids, F32 weights,
-                         Any /*after*/, ffi::Result<I32> clean_ids, ffi::Result<I32> invalid_ids,
+ffi::Error DispatchStart(cudaStream_t stream, int32_t device, OpAttributes attributes, Any x, Any x_scales, I32 ids,
+                         F32 weights, Any /*after*/, ffi::Result<I32> clean_ids, ffi::Result<I32> invalid_ids,
                          ffi::Result<I32> ticket, ffi::Result<F32> order) {
   const RowFormat format = MakeFormat(attributes, x.element_type(), x.dimensions()[1]);
   const Sizes sizes{.top_k = ids.dimensions()[1]};
@@ -124,17 +124,17 @@ ffi::Error DispatchStart(cudaStream_t stream, int32_t device, OpAttributes attri
                                    .ids = ids.typed_data(),
                                    .weights = weighted ? weights.typed_data() : nullptr,
                                    .clean_ids = clean_ids->typed_data(),
-                                   .invalid_ids = invalid_ids->typed_data()});
+                                   .invalid_ids = invalid_ids->typed_data(),
+                                   .x_scales = ScalesOf(x, x_scales)});
              });
 }
 
-// `x` is that of the start: only its type is looked at.
-ffi::Error DispatchFinish(cudaStream_t stream, int32_t device, OpAttributes attributes, Any x, I32 ticket,
-                          Any /*after*/, ffi::Result<Any> rows, ffi::Result<Any> scales, ffi::Result<F32> row_weights,
+ffi::Error DispatchFinish(cudaStream_t stream, int32_t device, OpAttributes attributes, I32 ticket, Any /*after*/,
+                          ffi::Result<Any> rows, ffi::Result<Any> scales, ffi::Result<F32> row_weights,
                           ffi::Result<I32> group_sizes, ffi::Result<I32> demand, ffi::Result<I32> row_of,
                           ffi::Result<I32> peers, ffi::Result<I32> dropped, ffi::Result<F32> order) {
-  RowFormat format = MakeFormat(attributes, x.element_type(), x.dimensions()[1]);
-  format.dequantize = rows->element_type() == x.element_type();
+  const ffi::DataType type = rows->element_type();  // of x, too, unless one of them is fp8
+  const RowFormat format = MakeTokenFormat(attributes, type, type, rows->dimensions()[1]);
   const bool weighted = attributes.weighted != 0;
   const Sizes sizes = HandleSizes(*row_of, group_sizes->dimensions()[0]);
   return Run(device, stream, "jax_nixlep.dispatch_finish", Tag(OpKind::kDispatch, attributes, format, weighted), format,
@@ -256,6 +256,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNixlepDispatchCuda, gpu::Dispatch,
                                   .Ctx<ffi::DeviceOrdinal>()
                                   .Attrs<OpAttributes>()
                                   .Arg<gpu::Any>()   // x [t, H]
+                                  .Arg<gpu::Any>()   // scales [t, H / 128] of an fp8 x, or [0]
                                   .Arg<gpu::I32>()   // expert_ids [t, K]
                                   .Arg<gpu::F32>()   // weights [t, K], or [0]: ones
                                   .Arg<gpu::Any>()   // after
@@ -278,6 +279,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNixlepDispatchStartCuda, gpu::DispatchStart,
                                   .Ctx<ffi::DeviceOrdinal>()
                                   .Attrs<OpAttributes>()
                                   .Arg<gpu::Any>()   // x [t, H]
+                                  .Arg<gpu::Any>()   // scales [t, H / 128] of an fp8 x, or [0]
                                   .Arg<gpu::I32>()   // expert_ids [t, K]
                                   .Arg<gpu::F32>()   // weights [t, K], or [0]: ones
                                   .Arg<gpu::Any>()   // after
@@ -292,7 +294,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNixlepDispatchFinishCuda, gpu::DispatchFinish,
                                   .Ctx<gpu::Stream>()
                                   .Ctx<ffi::DeviceOrdinal>()
                                   .Attrs<OpAttributes>()
-                                  .Arg<gpu::Any>()   // x [t, H] of the start
                                   .Arg<gpu::I32>()   // ticket [2]
                                   .Arg<gpu::Any>()   // after
                                   .Ret<gpu::Any>()   // tokens [C, H]

@@ -13,6 +13,8 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepDispatchFinishCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepCombineStartCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepCombineFinishCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepMarkCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepNixlEpDispatchCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(JaxNixlepNixlEpCombineCuda);
 
 namespace jax_nixlep::cuda {
 // Calls of handlers so far: replays of a captured command buffer make none.

@@ -94,7 +94,7 @@ struct Fp8Codec {
     const std::byte* scales = row + p.value_bytes;
     const int block = granule / kLanes;
     const float scale =
-        p.ue8m0 ? __uint_as_float(uint32_t(scales[block]) << 23) : reinterpret_cast<const float*>(scales)[block];
+        p.ue8m0 ? __uint_as_float(Ue8m0Bits(uint8_t(scales[block]))) : reinterpret_cast<const float*>(scales)[block];
     return {LoadOnce<kWordsOf<T, e4m3>>(row + granule * sizeof(Values)), scale};
   }
   __device__ static Words<4> Decode(const Loaded& in) {
@@ -177,6 +177,11 @@ __global__ void __launch_bounds__(1024)
         Words<4> in = ahead[i];
         if (start != warp * kWarp) in = valid ? LoadOnce<4>(a.x + (uint64_t(t) * G + granule) * 16) : Words<4>{};
         Codec::Encode(p, row, granule, in, valid);
+      }
+      if (a.x_scales) {
+        for (int i = threadIdx.x; i < p.scale_bytes; i += blockDim.x) {
+          row[p.value_bytes + i] = a.x_scales[uint64_t(t) * p.scale_bytes + i];
+        }
       }
       if (const int later = t + kAhead * gridDim.x; later < a.num_tokens && threadIdx.x < G) {
         ahead[i] = LoadOnce<4>(a.x + (uint64_t(later) * G + threadIdx.x) * 16);
@@ -948,11 +953,12 @@ void WithSumTypes(const RowFormat& f, Function function) {
 
 void SendTokens(const Launch& l, const SendTokensArgs& a) {
   Params p = MakeParams(l, kUnroll);
-  p.granules = int32_t(size_t(l.format.hidden) * TokenBytes(l.format.type) / 16);
+  p.granules = int32_t(size_t(l.format.hidden) * (a.x_scales ? sizeof(e4m3) : TokenBytes(l.format.type)) / 16);
   const int threads = std::clamp((std::max(p.granules, l.geometry.top_k) + 31) / 32 * 32, 64, 1024);
   const int blocks = Blocks(a.num_tokens, 1, l.num_sms * (2048 / threads));
-  WithCodec(l.format, /*encode=*/true,
-            [&](auto codec) { SendTokensKernel<decltype(codec)><<<blocks, threads, 0, l.stream>>>(p, a); });
+  auto send = [&](auto codec) { SendTokensKernel<decltype(codec)><<<blocks, threads, 0, l.stream>>>(p, a); };
+  if (a.x_scales) return send(CopyCodec{});
+  WithCodec(l.format, /*encode=*/true, send);
 }
 
 void ReceiveTokens(const Launch& l, const ReceiveTokensArgs& a) {

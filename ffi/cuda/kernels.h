@@ -33,6 +33,8 @@ struct SendTokensArgs {
   const float* weights = nullptr;  // [t, K], or null
   int32_t* clean_ids = nullptr;    // [t, K], or null: the ids are clean and the peers have them
   int32_t* invalid_ids = nullptr;  // [1], with clean_ids
+  // [t, H / 128] if x is e4m3 already, else null.
+  const std::byte* x_scales = nullptr;
 };
 void SendTokens(const Launch& launch, const SendTokensArgs& args);
 

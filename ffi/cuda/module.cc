@@ -4,9 +4,11 @@
 #include "binding.h"
 #include "cuda/endpoint.h"
 #include "cuda/handlers.h"
+#include "cuda/nixl_ep.h"
 
 using namespace jax_nixlep;
 using cuda::CudaEndpoint;
+using cuda::nixl_ep::NixlEpEndpoint;
 
 namespace {
 
@@ -26,6 +28,64 @@ std::shared_ptr<CudaEndpoint> MakeEndpoint(int device, int rank, int max_ranks, 
   return std::make_shared<CudaEndpoint>(EndpointOptions{rank, capacity, timeout_s, mask_late_peers}, device);
 }
 
+std::shared_ptr<NixlEpEndpoint> MakeNixlEpEndpoint(const std::string& library, int device, int rank, int max_ranks,
+                                                   int experts_per_rank, int max_tokens, int top_k, int hidden,
+                                                   double timeout_s, bool mask_late_peers) {
+  const cuda::nixl_ep::Shape shape{max_ranks, experts_per_rank, max_tokens, top_k, hidden};
+  return std::make_shared<NixlEpEndpoint>(NixlEpEndpoint::Options{rank, shape, timeout_s, mask_late_peers}, device,
+                                          library);
+}
+
+void BindNixlEp(py::module_& m) {
+  py::class_<NixlEpEndpoint, std::shared_ptr<NixlEpEndpoint>> endpoint(
+      m, "NixlEpEndpoint", "A rank's end of a group that uses NVIDIA's NIXL-EP kernels; see ffi/cuda/nixl_ep.h.");
+  endpoint
+      .def(py::init(&MakeNixlEpEndpoint), py::kw_only(), py::arg("library"), py::arg("device"), py::arg("rank"),
+           py::arg("max_ranks"), py::arg("experts_per_rank"), py::arg("max_tokens"), py::arg("top_k"),
+           py::arg("hidden"), py::arg("timeout_s"), py::arg("mask_late_peers"), Unlocked())
+      .def("address",
+           [](const NixlEpEndpoint& e) {
+             return py::dict(py::arg("pid") = getpid(), py::arg("fd") = -1, py::arg("nonce") = e.nonce(),
+                             py::arg("base") = reinterpret_cast<uintptr_t>(e.region()));
+           })
+      .def(
+          "map_peer", [](NixlEpEndpoint&, int, int, int, uint64_t) { return false; }, py::arg("peer"), py::arg("pid"),
+          py::arg("fd"), py::arg("nonce"))
+      .def("open_nixl", &OpenNixl<NixlEpEndpoint>, py::arg("library"), py::arg("name"))
+      .def("connect_nixl", &ConnectNixl<NixlEpEndpoint>, py::arg("peer"), py::arg("metadata"), py::arg("remote_base"),
+           py::arg("nonce"))
+      .def("drop_peer", &NixlEpEndpoint::DropPeer, py::arg("peer"), Unlocked())
+      .def(
+          "activate",
+          [](NixlEpEndpoint& e, int epoch, const std::vector<int>& members) { e.Activate(uint16_t(epoch), members); },
+          py::arg("epoch"), py::arg("members"), Unlocked())
+      .def("failure", &NixlEpEndpoint::Failure)
+      .def("close", &NixlEpEndpoint::Close, Unlocked())
+      .def("health", &HealthOf<NixlEpEndpoint>, py::arg("rank"))
+      .def_property_readonly("epoch", &NixlEpEndpoint::epoch)
+      .def_property_readonly("num_operations", &NixlEpEndpoint::num_operations)
+      .def("agent_metadata", [](const NixlEpEndpoint& e) { return py::bytes(e.AgentMetadata()); })
+      .def(
+          "connect_upstream",
+          [](NixlEpEndpoint& e, int peer, const py::bytes& metadata, double timeout_s) {
+            std::string blob = metadata;
+            py::gil_scoped_release unlocked;
+            e.ConnectUpstream(peer, blob, timeout_s);
+          },
+          py::arg("peer"), py::arg("metadata"), py::arg("timeout_s"),
+          "Connects to a rank that is upstream's own Buffer, while that runs connect_ranks.")
+      .def("set_masked", &NixlEpEndpoint::SetMasked, py::arg("peer"), py::arg("masked"), Unlocked())
+      .def_property_readonly("num_bytes", &NixlEpEndpoint::num_bytes)
+      .def_property_readonly("dropped_rows", [](const NixlEpEndpoint&) { return 0; })
+      .def_property_readonly("invalid_ids", [](const NixlEpEndpoint&) { return 0; });
+  m.def(
+      "set_nixl_ep_endpoint",
+      [](int device, std::shared_ptr<NixlEpEndpoint> endpoint) {
+        RegistryOf<NixlEpEndpoint>::Get().Set(device, std::move(endpoint));
+      },
+      py::arg("device"), py::arg("endpoint").none(true));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -39,7 +99,9 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("dispatch_start") = Handler(JaxNixlepDispatchStartCuda),
         py::arg("dispatch_finish") = Handler(JaxNixlepDispatchFinishCuda),
         py::arg("combine_start") = Handler(JaxNixlepCombineStartCuda),
-        py::arg("combine_finish") = Handler(JaxNixlepCombineFinishCuda), py::arg("mark") = Handler(JaxNixlepMarkCuda));
+        py::arg("combine_finish") = Handler(JaxNixlepCombineFinishCuda), py::arg("mark") = Handler(JaxNixlepMarkCuda),
+        py::arg("nixl_ep_dispatch") = Handler(JaxNixlepNixlEpDispatchCuda),
+        py::arg("nixl_ep_combine") = Handler(JaxNixlepNixlEpCombineCuda));
   });
   m.def("num_launches", &cuda::NumLaunches, "Calls of handlers so far; replays of a command buffer make none.");
   m.def("elapsed_us", &cuda::ElapsedUs, py::arg("start"), py::arg("end"), "Time between two marks, for measurements.");
@@ -80,4 +142,5 @@ PYBIND11_MODULE(_cuda, m) {
       .def_property_readonly("invalid_ids", &CudaEndpoint::invalid_ids);
   BindElastic(endpoint);
   BindEndpoint(endpoint);
+  BindNixlEp(m);
 }

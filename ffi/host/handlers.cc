@@ -44,16 +44,17 @@ std::byte* Bytes(Buffer&& buffer) {
   return static_cast<std::byte*>(buffer.untyped_data());
 }
 
-ffi::Error DispatchHandler(int32_t device, OpAttributes attributes, Any x, I32 ids, F32 weights, Any /*after*/,
-                           ffi::Result<Any> rows, ffi::Result<Any> scales, ffi::Result<F32> row_weights,
+ffi::Error DispatchHandler(int32_t device, OpAttributes attributes, Any x, Any x_scales, I32 ids, F32 weights,
+                           Any /*after*/, ffi::Result<Any> rows, ffi::Result<Any> scales, ffi::Result<F32> row_weights,
                            ffi::Result<I32> group_sizes, ffi::Result<I32> demand, ffi::Result<I32> clean_ids,
                            ffi::Result<I32> row_of, ffi::Result<I32> peers, ffi::Result<I32> dropped,
                            ffi::Result<I32> invalid_ids, ffi::Result<F32> order) {
-  DispatchArgs args{.format = MakeFormat(attributes, x.element_type(), x.dimensions()[1]),
+  DispatchArgs args{.format = MakeTokenFormat(attributes, x.element_type(), rows->element_type(), x.dimensions()[1]),
                     .ordinal = uint32_t(attributes.ordinal),
                     .num_tokens = int(x.dimensions()[0]),
                     .num_rows = rows->dimensions()[0],
                     .x = Bytes(x),
+                    .x_scales = ScalesOf(x, x_scales),
                     .ids = ids.typed_data(),
                     .weights = attributes.weighted ? weights.typed_data() : nullptr,
                     .rows = Bytes(*rows),
@@ -66,7 +67,6 @@ ffi::Error DispatchHandler(int32_t device, OpAttributes attributes, Any x, I32 i
                     .peers = peers->typed_data(),
                     .dropped = dropped->typed_data(),
                     .invalid_ids = invalid_ids->typed_data()};
-  args.format.dequantize = rows->element_type() == x.element_type();
   *order->typed_data() = 0;
   return Run(device, "dispatch", args.format, HandleSizes(*row_of, group_sizes->dimensions()[0]),
              [&](Endpoint& endpoint) { Dispatch(endpoint, args); });
@@ -119,6 +119,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxNixlepDispatchCpu, jax_nixlep::DispatchHandler,
                                   .Ctx<ffi::DeviceOrdinal>()
                                   .Attrs<OpAttributes>()
                                   .Arg<Any>()    // x [t, H]
+                                  .Arg<Any>()    // scales [t, H / 128] of an fp8 x, or [0]
                                   .Arg<I32>()    // expert_ids [t, K]
                                   .Arg<F32>()    // weights [t, K], or [0]: ones
                                   .Arg<Any>()    // after

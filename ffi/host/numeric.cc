@@ -112,7 +112,7 @@ JN_INLINE void DequantizeLoop(T* out, const uint8_t* values, const std::byte* sc
   for (size_t block = 0; block < n / kQuantBlock; ++block, out += kQuantBlock, values += kQuantBlock) {
     float scale;
     if (options.format == ScaleFormat::kUe8m0) {
-      scale = std::bit_cast<float>(uint32_t(scales[block]) << 23);
+      scale = std::bit_cast<float>(Ue8m0Bits(uint8_t(scales[block])));
     } else {
       std::memcpy(&scale, scales + block * sizeof(float), sizeof(float));
     }

@@ -61,15 +61,22 @@ bool RoutesTo(const int32_t* ids, int top_k, int rank, int experts_per_rank) {
   return std::any_of(ids, ids + top_k, [&](int32_t id) { return id >= 0 && id / experts_per_rank == rank; });
 }
 
-// Writes this rank's tokens and tables into its message and tells every peer.
+// Writes this rank's tokens and tables into its message and tells every peer. `x_scales`: of tokens that are fp8
+// already.
 void SendTokens(Operation& op, const Capacity& capacity, const RowFormat& format, int num_tokens, const std::byte* x,
-                const int32_t* ids, bool send_ids, const float* weights) {
+                const std::byte* x_scales, const int32_t* ids, bool send_ids, const float* weights) {
   const int top_k = capacity.top_k;
   const Message message = op.outgoing(op.rank());
   const size_t table_bytes = size_t(num_tokens) * top_k * sizeof(int32_t);
   if (send_ids) std::memcpy(message.first(), ids, table_bytes);
   if (weights) std::memcpy(message.second(), weights, table_bytes);
-  if (format.hidden) {
+  if (x_scales) {
+    const size_t value_bytes = format.value_bytes(), scale_bytes = format.scale_bytes();
+    for (int t = 0; t < num_tokens; ++t) {
+      std::memcpy(message.row(t), x + t * value_bytes, value_bytes);
+      std::memcpy(message.row(t) + value_bytes, x_scales + t * scale_bytes, scale_bytes);
+    }
+  } else if (format.hidden) {
     WithTokenType(format.type, [&](auto type) {
       auto* tokens = reinterpret_cast<const decltype(type)*>(x);
       for (int t = 0; t < num_tokens; ++t) EncodeRow(format, message.row(t), tokens + t * format.hidden);
@@ -173,7 +180,7 @@ void Dispatch(Endpoint& endpoint, const DispatchArgs& a) {
   endpoint.invalid_ids += uint64_t(*a.invalid_ids);
 
   Operation op(endpoint, {OpKind::kDispatch, a.ordinal, format.Digest(a.weights)}, a.num_tokens, /*broadcast=*/true);
-  SendTokens(op, capacity, format, a.num_tokens, a.x, a.clean_ids, /*send_ids=*/true, a.weights);
+  SendTokens(op, capacity, format, a.num_tokens, a.x, a.x_scales, a.clean_ids, /*send_ids=*/true, a.weights);
   for (int r = 0; r < R; ++r) op.Wait(r);
   for (int r = 0; r < R; ++r) a.peers[r] = int32_t(op.state(r));  // a wait for one may show that another is gone
 
@@ -246,7 +253,7 @@ void Redispatch(Endpoint& endpoint, const RedispatchArgs& a) {
   CheckHandle(a.row_of, size_t(R) * T * K, a.num_rows, "dispatch along a handle");
 
   Operation op(endpoint, {OpKind::kRedispatch, a.ordinal, format.Digest(a.weights)}, a.num_tokens, /*broadcast=*/true);
-  SendTokens(op, capacity, format, a.num_tokens, a.x, a.ids, /*send_ids=*/false, a.weights);
+  SendTokens(op, capacity, format, a.num_tokens, a.x, nullptr, a.ids, /*send_ids=*/false, a.weights);
   std::vector<char> filled(size_t(a.num_rows), 0);
   if (a.row_weights) std::fill_n(a.row_weights, a.num_rows, 0.0f);
   WithTokenType(format.type, [&](auto type) {

@@ -17,21 +17,22 @@ namespace jax_nixlep {
 struct DispatchArgs {
   RowFormat format;
   uint32_t ordinal = 0;
-  int num_tokens = 0;    // t of this rank
-  int64_t num_rows = 0;  // C
-  const std::byte* x;    // [t, H]
-  const int32_t* ids;    // [t, K] physical slots
-  const float* weights;  // [t, K], or null: ones
-  std::byte* rows;       // [C, H]
-  std::byte* scales;     // [C, H / 128], or null
-  float* row_weights;    // [C]
-  int32_t* group_sizes;  // [E]
-  int32_t* demand;       // [E]
-  int32_t* clean_ids;    // [t, K]
-  int32_t* row_of;       // [R, T, K]
-  int32_t* peers;        // [R] PeerState
-  int32_t* dropped;      // [1]
-  int32_t* invalid_ids;  // [1]
+  int num_tokens = 0;                   // t of this rank
+  int64_t num_rows = 0;                 // C
+  const std::byte* x;                   // [t, H]
+  const std::byte* x_scales = nullptr;  // [t, H / 128] if x is e4m3 already
+  const int32_t* ids;                   // [t, K] physical slots
+  const float* weights;                 // [t, K], or null: ones
+  std::byte* rows;                      // [C, H]
+  std::byte* scales;                    // [C, H / 128], or null
+  float* row_weights;                   // [C]
+  int32_t* group_sizes;                 // [E]
+  int32_t* demand;                      // [E]
+  int32_t* clean_ids;                   // [t, K]
+  int32_t* row_of;                      // [R, T, K]
+  int32_t* peers;                       // [R] PeerState
+  int32_t* dropped;                     // [1]
+  int32_t* invalid_ids;                 // [1]
 };
 void Dispatch(Endpoint& endpoint, const DispatchArgs& args);
 

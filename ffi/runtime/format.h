@@ -20,6 +20,12 @@ enum class ScaleFormat : int32_t { kFloat32 = 0, kUe8m0 = 1 };
 // e4m3's largest value, and the least that the largest of a block counts as: the scale of zeros is finite.
 inline constexpr float kFp8Max = 448.0f, kAmaxFloor = 1e-4f;
 
+// A ue8m0 scale as float32: a power of two or NaN. Given scales may be any byte; those that are made here never need
+// the two ends.
+constexpr uint32_t Ue8m0Bits(uint8_t exponent) {
+  return exponent == 0 ? 0x00400000u : exponent == 255 ? 0x7FC00000u : uint32_t(exponent) << 23;
+}
+
 struct Fp8Options {
   ScaleFormat format = ScaleFormat::kFloat32;
   bool round_scale = false;
@@ -44,7 +50,8 @@ struct RowFormat {
 
   // What both sides must agree on before they touch each other's bytes. `second_table`: the message has one.
   uint32_t Digest(bool second_table) const {
-    uint32_t words[] = {uint32_t(type),   uint32_t(wire),        uint32_t(fp8.format), uint32_t(fp8.round_scale),
+    const uint32_t travels = wire == Wire::kSame ? uint32_t(type) : 0;  // the narrower wires are the same for all types
+    uint32_t words[] = {travels,          uint32_t(wire),        uint32_t(fp8.format), uint32_t(fp8.round_scale),
                         uint32_t(hidden), uint32_t(second_table)};
     uint32_t hash = 2166136261u;  // FNV-1a
     for (uint32_t word : words) hash = (hash ^ word) * 16777619u;

@@ -75,6 +75,14 @@ struct NixlAgent::Api {
   int (*prep_mem_view_local)(void*, void*, void**, void*);
   int (*prep_mem_view_remote)(void*, void*, void**, void*);
   int (*release_mem_view)(void*, void*);
+  int (*gen_notif)(void*, const char*, const void*, size_t, void*);
+  int (*create_notif_map)(void**);
+  int (*destroy_notif_map)(void*);
+  int (*get_notifs)(void*, void*, void*);
+  int (*notif_map_size)(void*, size_t*);
+  int (*notif_map_get_agent_at)(void*, size_t, const char**);
+  int (*notif_map_get_notifs_size)(void*, const char*, size_t*);
+  int (*notif_map_get_notif)(void*, const char*, size_t, const void**, size_t*);
 
   explicit Api(const std::string& path) {
     // UCX would otherwise replace the process's handlers for SIGSEGV and friends.
@@ -95,6 +103,8 @@ struct NixlAgent::Api {
     FIND(create_xfer_req), FIND(post_xfer_req), FIND(get_xfer_status), FIND(release_xfer_req), FIND(destroy_xfer_req);
     FIND(params_add), FIND(create_remote_dlist), FIND(destroy_remote_dlist), FIND(remote_dlist_add_desc);
     FIND(prep_mem_view_local), FIND(prep_mem_view_remote), FIND(release_mem_view);
+    FIND(gen_notif), FIND(create_notif_map), FIND(destroy_notif_map), FIND(get_notifs), FIND(notif_map_size);
+    FIND(notif_map_get_agent_at), FIND(notif_map_get_notifs_size), FIND(notif_map_get_notif);
 #undef FIND
     if (is_stub()) throw NixlError("nixl: " + path + " is a stub without an implementation; install nixl >= 1.5");
   }
@@ -173,6 +183,34 @@ std::string NixlAgent::Connect(const std::string& metadata) {
 }
 
 void NixlAgent::Disconnect(const std::string& peer) { api_->invalidate_remote_md(agent_, peer.c_str()); }
+
+void NixlAgent::Tell(const std::string& peer, const std::string& message) {
+  Check(api_->gen_notif(agent_, peer.c_str(), message.data(), message.size(), options_), "sending a notification");
+}
+
+std::vector<std::string> NixlAgent::Told() {
+  void* map = nullptr;
+  Check(api_->create_notif_map(&map), "create_notif_map");
+  std::vector<std::string> messages;
+  int status = api_->get_notifs(agent_, map, options_);
+  size_t agents = 0;
+  if (status == kSuccess) status = api_->notif_map_size(map, &agents);
+  for (size_t i = 0; status == kSuccess && i < agents; ++i) {
+    const char* agent = nullptr;
+    size_t count = 0;
+    status = api_->notif_map_get_agent_at(map, i, &agent);
+    if (status == kSuccess) status = api_->notif_map_get_notifs_size(map, agent, &count);
+    for (size_t j = 0; status == kSuccess && j < count; ++j) {
+      const void* data = nullptr;
+      size_t num_bytes = 0;
+      status = api_->notif_map_get_notif(map, agent, j, &data, &num_bytes);
+      if (status == kSuccess) messages.emplace_back(static_cast<const char*>(data), num_bytes);
+    }
+  }
+  api_->destroy_notif_map(map);
+  Check(status, "reading notifications");
+  return messages;
+}
 
 void* NixlAgent::LocalView(std::span<const ViewRow> rows) {
   void *list = nullptr, *view = nullptr;

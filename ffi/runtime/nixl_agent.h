@@ -63,6 +63,11 @@ class NixlAgent {
   std::string Connect(const std::string& metadata);
   void Disconnect(const std::string& peer);
 
+  // Short messages between connected agents, in no order.
+  void Tell(const std::string& peer, const std::string& message);
+  // What was told since the last call.
+  std::vector<std::string> Told();
+
   // A row of a memory view: registered memory, of this agent or of a peer. A remote row without an agent is a hole,
   // which must not be used.
   struct ViewRow {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from ranks import RankPool
+from ranks import RankPool, without_job
 
 if not os.environ.get("JAX_NIXLEP_TEST_GPUS"):
     collect_ignore_glob = ["test_*.py"]
@@ -21,12 +21,14 @@ _FLAGS = {
 
 def gpu_env(transport="pointer", buffers="graphs"):
     return {
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",  # the tests' bounds are those of float32, not of TensorFloat32
         "JAX_PLATFORMS": "cuda",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "CUDA_MODULE_LOADING": "EAGER",  # a lazily loaded kernel would wait behind a peer's spinning one
         "JAX_NIXLEP_P2P": "0" if transport == "put" else "1",
-        "XLA_FLAGS": _FLAGS[buffers],
+        # Without autotuning programs compile sooner, and equal matmuls are equal in all of them.
+        "XLA_FLAGS": _FLAGS[buffers] + " --xla_gpu_autotune_level=0",
         "UCX_LOG_LEVEL": "error",
         "JAX_NIXLEP_TEST_GPUS": str(NUM_GPUS),
     }
@@ -59,4 +61,21 @@ def gpu_pools():
 
     yield pool
     for p in made.values():
+        p.close()
+
+
+@pytest.fixture(scope="module")
+def on_all_gpus():
+    """call(function, *args): function(*args) in a process, kept for the module, that has all GPUs as its devices."""
+    env = gpu_env()
+    del env["JAX_NIXLEP_TEST_GPUS"]
+    made = []
+
+    def call(function, *args, **kwargs):
+        if not made or not made[-1].alive():
+            made.append(RankPool(1, env))
+        made[-1].run(without_job, function.__module__, function.__name__, args, kwargs, timeout_s=120)
+
+    yield call
+    for p in made:
         p.close()

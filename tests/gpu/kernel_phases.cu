@@ -4,6 +4,7 @@
 //       tests/gpu/kernel_phases.cu ffi/cuda/kernels.cu -o kernel_phases
 //   ./kernel_phases RANKS TOKENS HIDDEN EXPERTS_PER_RANK TOP_K ITERATIONS FP8 CAPACITY_FACTOR
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -11,18 +12,19 @@
 #include <random>
 #include <vector>
 
+#include "bulk.cuh"
 #include "cuda/kernels.h"
 
 using namespace jax_nixlep;
 using namespace jax_nixlep::cuda;
 
-#define CHECK(call)                                                                          \
-  do {                                                                                       \
-    cudaError_t status = (call);                                                             \
-    if (status != cudaSuccess) {                                                             \
+#define CHECK(call)                                                                        \
+  do {                                                                                     \
+    cudaError_t status = (call);                                                           \
+    if (status != cudaSuccess) {                                                           \
       std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(status)); \
-      std::exit(1);                                                                          \
-    }                                                                                        \
+      std::exit(1);                                                                        \
+    }                                                                                      \
   } while (0)
 
 template <typename T = std::byte>
@@ -42,6 +44,73 @@ T* Upload(const std::vector<T>& values) {
 
 __global__ void Nothing() {}
 
+// What no kernel of a phase can do without: as many dependent reads as it has (`chain`), its bytes moved, and at the
+// end one word that says so, after a fence. Pieces of `from` are read, and each is written as often as comes out on
+// average.
+constexpr int kFloorWarps = 16, kFloorSlots = 3, kFloorPiece = 4096;
+struct Floor {
+  const uint64_t* chain;
+  int reads_before;  // of the chain, before data can be asked for
+  const std::byte* from;
+  std::byte* to;
+  int in, out;  // pieces
+  uint32_t* arrived;
+  uint64_t* flag;
+  bool signals;
+};
+__global__ void __launch_bounds__(kFloorWarps * 32) FloorKernel(const __grid_constant__ Floor f) {
+  extern __shared__ __align__(128) std::byte slots[];
+  __shared__ Landing landings[kFloorWarps * kFloorSlots];
+  __shared__ uint64_t at;
+  const int warp = threadIdx.x / 32, first = warp * gridDim.x + blockIdx.x, step = gridDim.x * kFloorWarps;
+  std::byte* own = slots + warp * kFloorSlots * kFloorPiece;
+  Landing* landing = landings + warp * kFloorSlots;
+  const bool leads = threadIdx.x % 32 == 0;
+  auto fetch = [&](int piece, int slot) {
+    landing[slot].Expect(kFloorPiece);
+    BulkLoad(own + slot * kFloorPiece, f.from + size_t(piece) * kFloorPiece, kFloorPiece, landing[slot]);
+  };
+  auto chase = [&](int reads, uint64_t from) {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < reads; ++i) from = *reinterpret_cast<const volatile uint64_t*>(f.chain + from);
+      at = from;
+    }
+    __syncthreads();
+  };
+  if (leads) {
+    for (int i = 0; i < kFloorSlots; ++i) landing[i].Init(1);
+    FenceBulk();
+  }
+  chase(f.reads_before, 0);
+  if (leads) {
+    for (int i = 0; i < kFloorSlots && first + i * step < f.in; ++i) fetch(first + i * step, i);
+  }
+  if (f.reads_before == 0) chase(1, at);  // the state, while data is on its way
+  if (leads) {
+    int slot = 0;
+    unsigned parity = 0;
+    for (int piece = first; piece < f.in; piece += step) {
+      landing[slot].Wait(parity >> slot & 1);
+      parity ^= 1u << slot;
+      const int64_t begin = int64_t(piece) * f.out / f.in, end = int64_t(piece + 1) * f.out / f.in;
+      for (int64_t i = begin; i < end; ++i) BulkStore(f.to + i * kFloorPiece, own + slot * kFloorPiece, kFloorPiece);
+      CloseStores();
+      if (piece + kFloorSlots * step < f.in) {
+        AwaitStoresRead<0>();
+        fetch(piece + kFloorSlots * step, slot);
+      }
+      slot = slot + 1 == kFloorSlots ? 0 : slot + 1;
+    }
+  }
+  if (!f.signals) return AwaitStoresRead<0>();
+  AwaitStores<0>();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence_system();
+    if (gridDim.x == 1 || atomicInc(f.arrived, gridDim.x - 1) == gridDim.x - 1) *f.flag = at;
+  }
+}
+
 struct Rank {
   Control* control;
   std::byte *region, *x, *rows, *scales, *y, *out;
@@ -54,8 +123,8 @@ int main(int argc, char** argv) {
   const int K = std::atoi(argv[5]), iterations = std::atoi(argv[6]);
   const bool fp8 = std::atoi(argv[7]);
   const double factor = argc > 8 ? std::atof(argv[8]) : 1.25;
-  const int64_t worst = int64_t(R) * T * std::min(K, E);
-  const int64_t C = factor > 0 ? (int64_t(factor * T * K) + 127) / 128 * 128 : worst;
+  const int64_t most_rows = int64_t(R) * T * std::min(K, E);
+  const int64_t C = factor > 0 ? (int64_t(factor * T * K) + 127) / 128 * 128 : most_rows;
   Capacity capacity{R, E, T, K, int64_t(AlignUp(size_t(H) * 2))};
   const Layout layout{capacity};
   const Geometry geometry(layout);
@@ -67,6 +136,7 @@ int main(int argc, char** argv) {
   RowFormat sums = format;
   sums.wire = Wire::kSame;
 
+  double distinct = 0;  // ranks that a token goes to, on average
   std::mt19937 random(1);
   std::vector<Rank> ranks(R);
   for (Rank& k : ranks) k.control = Allocate<Control>(1), k.region = Allocate(layout.num_bytes());
@@ -97,12 +167,18 @@ int main(int argc, char** argv) {
     }
     std::vector<float> weights(size_t(T) * K, 0.125f);
     k.x = reinterpret_cast<std::byte*>(Upload(x)), k.out = reinterpret_cast<std::byte*>(Upload(out));
+    for (int t = 0; t < T; ++t) {
+      std::vector<bool> to(R);
+      for (int i = 0; i < K; ++i) to[ids[t * K + i] / E] = true;
+      distinct += double(std::count(to.begin(), to.end(), true)) / (R * T);
+    }
     k.ids = Upload(ids), k.weights = Upload(weights);
     k.rows = Allocate(size_t(C) * H * 2), k.scales = Allocate(size_t(C) * H / 32), k.y = Allocate(size_t(T) * H * 2);
     k.clean_ids = Allocate<int32_t>(T * K), k.invalid = Allocate<int32_t>(1), k.group_sizes = Allocate<int32_t>(E);
     k.demand = Allocate<int32_t>(E), k.row_of = Allocate<int32_t>(size_t(R) * T * K), k.peers = Allocate<int32_t>(R);
     k.dropped = Allocate<int32_t>(1), k.row_weights = Allocate<float>(C), k.order = Allocate<float>(1);
   }
+  CHECK(Preload());
   int num_sms = 0;
   CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
   constexpr size_t kEvict = size_t(1) << 29;
@@ -120,21 +196,40 @@ int main(int argc, char** argv) {
     CHECK(cudaEventElapsedTime(&ms, begin, end));
     return double(ms) * 1e3;
   };
+  CHECK(cudaFuncSetAttribute(FloorKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             kFloorWarps * kFloorSlots * kFloorPiece));
+  std::vector<uint64_t> links(4096);  // each in a line of its own, far from the one before
+  for (size_t i = 0; i < 8; ++i) links[i * 512] = (i + 1) % 8 * 512;
+  const uint64_t* chain = Upload(links);
+  auto* arrived = Allocate<uint32_t>(1);
+  auto* flag = Allocate<uint64_t>(1);
+  auto floor_of = [&](int phase) {
+    const double token = H * (fp8 ? 1 + 4.0 / kQuantBlock : 2), row = H * (fp8 ? 1.0 : 2.0), sum = H * 2.0;
+    const double in[] = {T * H * 2.0, distinct * T * token, double(K) * T * sum, distinct * T * sum};
+    const double out[] = {T * token, double(C) * row, distinct * T * sum, T * sum};
+    auto pieces = [](double bytes) { return std::max(1, int(std::ceil(bytes / kFloorPiece))); };
+    const bool sends = phase % 2 == 0;
+    const Floor f{chain, sends ? 0 : 2, flush, sink, pieces(in[phase]), pieces(out[phase]), arrived, flag, sends};
+    const int blocks = std::clamp(f.in, 1, num_sms);
+    FloorKernel<<<blocks, kFloorWarps * 32, kFloorWarps * kFloorSlots * kFloorPiece>>>(f);
+  };
   auto median = [](std::vector<double> values) {
     std::sort(values.begin(), values.end());
     return values[values.size() / 2];
   };
 
-  std::vector<std::vector<double>> samples(5);
+  std::vector<std::vector<double>> samples(9);
   for (int i = 0; i < iterations + 2; ++i) {
-    std::vector<std::vector<double>> now(5);
+    std::vector<std::vector<double>> now(9);
     auto launch_of = [&](Rank& k, const RowFormat& f, uint64_t tag) {
       Launch l;
-      l.control = k.control, l.region = k.region, l.geometry = geometry, l.format = f, l.tag = tag, l.num_sms = num_sms, l.order = k.order;
+      l.control = k.control, l.region = k.region, l.geometry = geometry, l.format = f, l.tag = tag, l.num_sms = num_sms,
+      l.order = k.order;
       return l;
     };
     for (Rank& k : ranks) {
-      now[0].push_back(timed([&] { SendTokens(launch_of(k, format, 1), {T, k.x, k.ids, k.weights, k.clean_ids, k.invalid}); }));
+      now[0].push_back(
+          timed([&] { SendTokens(launch_of(k, format, 1), {T, k.x, k.ids, k.weights, k.clean_ids, k.invalid}); }));
     }
     for (Rank& k : ranks) {
       now[1].push_back(timed([&] {
@@ -150,7 +245,8 @@ int main(int argc, char** argv) {
       now[3].push_back(timed([&] { ReceiveSums(launch_of(k, sums, 2), {T, k.y, nullptr}); }));
     }
     now[4].push_back(timed([&] { Nothing<<<1, 32>>>(); }));
-    for (int p = 0; p < 5; ++p) {
+    for (int p = 0; p < 4; ++p) now[5 + p].push_back(timed([&] { floor_of(p); }));
+    for (int p = 0; p < 9; ++p) {
       if (i >= 2) samples[p].insert(samples[p].end(), now[p].begin(), now[p].end());
     }
   }
@@ -162,12 +258,32 @@ int main(int argc, char** argv) {
     }
     copy = 2.0 * kEvict / median(times) * 1e-6;
   }
+  // Experts do nothing here: each token comes back times the sum of its weights, each rank's share rounded once.
+  double worst = 0;
+  for (Rank& k : ranks) {
+    std::vector<uint16_t> x(size_t(T) * H), y(size_t(T) * H);
+    CHECK(cudaMemcpy(x.data(), k.x, x.size() * 2, cudaMemcpyDeviceToHost));
+    CHECK(cudaMemcpy(y.data(), k.y, y.size() * 2, cudaMemcpyDeviceToHost));
+    auto value = [](uint16_t bits) {
+      const uint32_t word = uint32_t(bits) << 16;
+      float f;
+      std::memcpy(&f, &word, 4);
+      return double(f);
+    };
+    for (size_t i = 0; i < x.size(); ++i) {
+      const double difference = std::abs(value(y[i]) - value(x[i]) * 0.125 * K) / std::abs(value(x[i]));
+      worst = std::max(worst, difference != difference ? 1e9 : difference);
+    }
+  }
   int32_t dropped = 0;
   CHECK(cudaMemcpy(&dropped, ranks[0].dropped, 4, cudaMemcpyDeviceToHost));
   double sum = 0;
   std::printf("R%d T%d H%d E%d K%d fp8=%d C=%ld:", R, T, H, E, K, fp8, long(C));
   for (int p = 0; p < 4; ++p) std::printf(" %6.1f", median(samples[p])), sum += median(samples[p]);
-  std::printf("  sum %6.1f us  (empty kernel %.1f, copy %.2f TB/s, dropped %d, failure %u)\n", sum, median(samples[4]), copy,
-              dropped, report->code);
+  double floor = 0;
+  std::printf("  sum %6.1f us  floor", sum);
+  for (int p = 5; p < 9; ++p) std::printf(" %5.1f", median(samples[p])), floor += median(samples[p]);
+  std::printf("  sum %6.1f us  (empty kernel %.1f, copy %.2f TB/s, dropped %d, failure %u, error %.1e)\n", floor,
+              median(samples[4]), copy, dropped, report->code, fp8 ? 0.0 : worst);
   return 0;
 }

@@ -1,16 +1,16 @@
 #!/bin/bash
-# The GPU suite: tests, sanitizer, comparison with upstream. One command, from the repository root, on a machine with a GPU:
-#   WHEELS=DIR OUT=DIR bash tests/gpu/run.sh [tests] [sanitizer] [chain] [phases]
+# The GPU suite. One command, from the repository root, on a machine with a GPU; what each step is: results/README.md.
+#   WHEELS=DIR OUT=DIR bash tests/gpu/run.sh [tests] [layer] [generate] [decode] [chain] [sanitizer] [phases]
 # WHEELS holds nixl.tar.xz and ucx.tar.xz (tests/gpu/setup.sh); OUT gets the raw output. The modules must be built
 # (pip install -e . with nvcc and UCX's headers present), or are found in jax_nixlep/.
 # JAX_NIXLEP_TEST_GPUS: rank r uses GPU r % that number. UPSTREAM: a program that prints upstream's phase times for the same
 # arguments as phases.py (none: ours alone). CASES: lines of those arguments. DROPLESS=1: also the worst case of rows.
-# PYTEST_ARGS: for the tests.
+# PYTEST_ARGS: for the tests. DECODE_ARGS: for examples/bench_decode.py.
 . tests/gpu/setup.sh
 export JAX_NIXLEP_TEST_GPUS=${JAX_NIXLEP_TEST_GPUS:-1}
 OUT=${OUT:-out}
 mkdir -p "$OUT"
-steps=${*:-tests sanitizer chain phases}
+steps=${*:-tests layer generate decode chain sanitizer phases}
 {
   date -u +%FT%TZ
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
@@ -19,8 +19,17 @@ steps=${*:-tests sanitizer chain phases}
   python3 -c "import importlib.metadata as m; print('nixl-cu13', m.version('nixl-cu13'))"
 } 2>&1 | tee "$OUT/machine.txt"
 
-if [[ $steps == *tests* ]]; then
-  timeout 400 python3 -m pytest tests/gpu -q -p no:cacheprovider --timeout 90 --durations=5 $PYTEST_ARGS 2>&1 | tee "$OUT/tests.txt"
+run_tests() {  # SECONDS NAME ARGUMENTS...
+  timeout "$1" python3 -m pytest -q -p no:cacheprovider --timeout 90 --durations=5 $PYTEST_ARGS "${@:3}" 2>&1 | tee "$OUT/$2.txt"
+}
+layer=tests/gpu/test_layer_gpu.py generate=tests/gpu/test_examples_gpu.py
+if [[ $steps == *tests* ]]; then run_tests 400 tests tests/gpu --ignore $layer --ignore $generate; fi
+if [[ $steps == *layer* ]]; then run_tests 400 layer $layer; fi
+if [[ $steps == *generate* ]]; then run_tests 300 generate $generate; fi
+
+if [[ $steps == *decode* ]]; then
+  XLA_PYTHON_CLIENT_PREALLOCATE=false timeout 300 python3 examples/bench_decode.py --gpu --json "$OUT/decode.json" $DECODE_ARGS \
+    2>&1 | tee "$OUT/decode.txt"
 fi
 
 if [[ $steps == *sanitizer* ]]; then
@@ -35,7 +44,7 @@ if [[ $steps == *sanitizer* ]]; then
 fi
 
 if [[ $steps == *chain* ]]; then
-  for buffers in graphs plain; do timeout 60 python3 tests/gpu/chain.py $buffers 2>&1 | tail -1; done | tee "$OUT/chain.txt"
+  for buffers in graphs plain; do timeout 60 python3 tests/gpu/chain.py $buffers 2>&1 | grep ^chain; done | tee "$OUT/chain.txt"
 fi
 
 if [[ $steps == *phases* ]]; then

@@ -7,3 +7,4 @@ if [ ! -d $SITE/s15 ]; then
   tar xf "$WHEELS/ucx.tar.xz" -C $UCX
 fi
 export PYTHONPATH=$PWD:$SITE/s15 PYTHONUNBUFFERED=1
+export JAX_NIXLEP_TEST_UPSTREAM=$SITE/s14  # the nixl_ep whose build is for the torch that is here

@@ -10,7 +10,7 @@ import oracle
 import pytest
 import test_ops
 from ranks import RankError
-from test_ops import WIRES, check_round_trip, make_config, make_input, same_bits
+from test_ops import WIRES, check_round_trip, make_config, make_input, make_quantized, same_bits
 
 TRANSPORTS = ["pointer", "put"]
 
@@ -44,6 +44,7 @@ def large_cases(num_ranks):
         (planned, [600 - 7 * r for r in range(num_ranks)], 1, {"ids": "distinct"}),
         (odd, [70 - r for r in range(num_ranks)], 2, {}),
         (quantized, [40] * num_ranks, 3, {"dequantize": False, "ids": "distinct"}),
+        (quantized, [40 - r for r in range(num_ranks)], 4, {"quantized": True, "ids": "distinct"}),
     ]
 
 
@@ -54,6 +55,16 @@ def test_equals_oracle(gpu_pools, num_ranks, transport):
         pytest.skip("a single rank has no peer")
     pool = gpu_pools(num_ranks, transport)
     answers = check_round_trip(pool, cases_for(num_ranks))
+    if num_ranks > 1:
+        assert answers[0][0]["health"].peers[1].path == transport
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_quantized_input_equals_oracle(gpu_pools, num_ranks, transport):
+    if num_ranks == 1 and transport == "put":
+        pytest.skip("a single rank has no peer")
+    answers = check_round_trip(gpu_pools(num_ranks, transport), test_ops.quantized_cases(num_ranks))
     if num_ranks > 1:
         assert answers[0][0]["health"].peers[1].path == transport
 
@@ -72,6 +83,15 @@ def test_gradients(gpu_pools, where, transport):
     test_ops.test_gradients_are_the_closed_forms(
         lambda n, _: gpu_pools(n, transport), where, "shared" if transport == "pointer" else "nixl"
     )
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_weights_have_gradients_beside_quantized_input(gpu_pools, transport):
+    test_ops.check_quantized_gradients(gpu_pools(2, transport))
+
+
+def test_quantized_input_may_hold_nan(gpu_pools):
+    test_ops.check_strange_values(gpu_pools(1))
 
 
 def test_gradients_pass_straight_through_fp8(gpu_pools):
@@ -186,6 +206,39 @@ def test_halves(gpu_pools, deep, transport):
             np.testing.assert_array_equal(got.handle.row_of, expected[0][0][rank].row_of)
             same_bits(y_a, expected[0][1][rank])
             same_bits(y_b, expected[1][1][rank])
+
+
+def rank_quantized_halves(job, config, dequantize):
+    import jax
+
+    import jax_nixlep as nx
+
+    job.initialize(config)
+    q, scales = make_quantized(config, job.rank, 6, 0)
+    _, ids, weights = make_input(config, job.rank, 6, 0)
+
+    @jax.jit
+    def step(q, scales):
+        pending = nx.dispatch_start(q, ids, weights, config=config, scales=scales, dequantize=dequantize)
+        received = nx.dispatch_finish(pending)
+        return received.tokens, received.scales
+
+    return [jax.tree.map(np.asarray, step(q, scales)) for _ in range(3)]
+
+
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+@pytest.mark.parametrize("dequantize", [True, False])
+def test_halves_of_quantized_input(gpu_pools, dequantize, scale_format):
+    config = make_config(wire="fp8_e4m3", hidden=256, dtype="bfloat16", scale_format=scale_format)
+    qs, scales = zip(*(make_quantized(config, r, 6, 0) for r in range(2)), strict=True)
+    _, ids, weights = zip(*(make_input(config, r, 6, 0) for r in range(2)), strict=True)
+    expected = oracle.dispatch(qs, ids, weights, config, scales=scales, dequantize=dequantize)
+    for rank, steps in enumerate(gpu_pools(2).run(rank_quantized_halves, config, dequantize)):
+        for tokens, of_rows in steps:
+            same_bits(tokens, expected[rank].tokens)
+            assert dequantize == (of_rows is None)
+            if not dequantize:
+                same_bits(of_rows, expected[rank].scales)
 
 
 # --- Late, dead and disagreeing peers ---
