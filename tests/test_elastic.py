@@ -112,6 +112,7 @@ def rank_resizes(job, plan, first):
 
     def drive():
         try:
+            wait_until(lambda: group.epoch)  # the others may take longer to warm up
             for members in plan:
                 time.sleep(0.1)
                 change = group.prepare(members, deadline_s=15)
