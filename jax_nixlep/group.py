@@ -333,7 +333,7 @@ def initialize(
     *,
     rank: int | None = None,
     members: Iterable[int] | None = None,
-    store: str | None = None,
+    store: str | Any | None = None,
     mesh: jax.sharding.Mesh | None = None,
     axis: str | tuple[str, ...] = "ep",
     secret: str | None = None,
@@ -361,7 +361,8 @@ def initialize(
       rank: this process's rank, 0 <= rank < config.max_ranks.
       members: all ranks of the group.
       store: "tcp://host:port" or "etcd://host:port": where the members meet. The lowest member serves a tcp store
-        itself unless one already answers there. With a mesh it is found through jax.distributed.
+        itself unless one already answers there. With a mesh it is found through jax.distributed. With
+        `kernels="nixl_ep"` also a torch.distributed.TCPStore, to meet ranks that are `nixl_ep.Buffer`s.
       mesh: gives rank and members instead.
       axis: mesh axis of the experts, or several, the first varying slowest.
       secret: shared secret of the store; default: environment JAX_NIXLEP_SECRET.
@@ -407,6 +408,12 @@ def initialize(
             if not value > 0:
                 raise ValueError(f"initialize: {name} must be positive; got {value}; give seconds")
         elastic = elastic or join
+        upstream = None if store is None or isinstance(store, str) else store
+        if upstream is not None and (kernels != "nixl_ep" or mesh is not None):
+            raise ValueError(
+                f'initialize: store must be a URL without kernels="nixl_ep", and with a mesh; got {store!r}; '
+                'pass "tcp://host:port" or "etcd://host:port"'
+            )
         if elastic and kernels == "nixl_ep":
             raise ValueError(
                 'initialize: elastic must be False with kernels="nixl_ep", whose signals do not tell a late peer '
@@ -465,7 +472,9 @@ def initialize(
                     restore_timeout_s=restore_timeout_s,
                     bytes_per_s=move_bytes_per_s,
                 )
-            if url is None:
+            if upstream is not None:
+                nixl_ep.meet(seats[0].endpoint, seats[0].rank, ranks, upstream, init_timeout_s)
+            elif url is None:
                 group._activate()
             else:
                 serve = mesh is None and not join and seats[0].rank == group._members[0] and _launched() is None
@@ -476,7 +485,7 @@ def initialize(
         for seat in seats:
             _ffi.set_endpoint(seat.device, seat.endpoint)
         _ffi.use_kernels(kernels)
-        if kernels == "nixl_ep":
+        if kernels == "nixl_ep" and upstream is None:  # a Buffer would not take part
             try:
                 nixl_ep.self_test(config, {seat.device: seat.rank for seat in seats}, group.members)
             except BaseException:

@@ -11,7 +11,7 @@ import oracle
 import pytest
 
 import jax_nixlep as nx
-from jax_nixlep import _ffi
+from jax_nixlep import _ffi, _host
 from jax_nixlep.nixl_ep import library, packed
 
 
@@ -182,9 +182,32 @@ def test_initialize_refuses_other_names_and_cpus(monkeypatch, tmp_path):
     config = make_config(max_ranks=2, hidden=2048)
     with pytest.raises(ValueError, match='kernels must be "native" or "nixl_ep"; got \'other\''):
         nx.initialize(config, rank=0, members=[0], kernels="other")
+    with pytest.raises(ValueError, match=r'store must be a URL without kernels="nixl_ep"'):
+        nx.initialize(config, rank=0, members=[0, 1], store=object())
+    with pytest.raises(ValueError, match=r'elastic must be False with kernels="nixl_ep"'):
+        nx.initialize(config, rank=0, members=[0], store="tcp://127.0.0.1:1", kernels="nixl_ep", elastic=True)
     if jax.default_backend() == "cpu":
         with pytest.raises(RuntimeError, match=r'kernels="nixl_ep" must be on an NVIDIA GPU.*got cpu'):
             nx.initialize(config, rank=0, members=[0], kernels="nixl_ep")
+
+
+@pytest.mark.skipif(not _ffi.cuda_built(), reason="built without CUDA")
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/nowhere.so", "nixl_ep: cannot load /nowhere.so: .*No such file"),
+        (
+            _host.__file__,
+            r"must export nixl_ep::ep_kernels::dispatch as _ZN7nixl_ep10ep_kernels8dispatchEPv\w+ \(so do",
+        ),
+    ],
+)
+def test_a_library_without_the_functions_is_named(path, message):
+    with pytest.raises(nx.EpError, match=message):
+        _ffi._cuda.NixlEpEndpoint(
+            library=path, device=0, rank=0, max_ranks=2, experts_per_rank=1, max_tokens=4, top_k=1, hidden=2048,
+            timeout_s=1.0, mask_late_peers=False,
+        )  # fmt: skip
 
 
 # --- Programs ---

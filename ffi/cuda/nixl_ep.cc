@@ -310,7 +310,8 @@ void NixlEpEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
     fatal_[r] = peers_[r].member && !options_.mask_late_peers;
   }
   WriteMask();
-  Check(cudaMemset(memory_, 0, 2 * layout_.signals), "clearing the signals");
+  // Before the first operation they are clear, and a peer that was quicker may have set some.
+  if (operations_ > 0) Check(cudaMemset(memory_, 0, 2 * layout_.signals), "clearing the signals");
   Check(cudaDeviceSynchronize(), "activating");
   bank_ = 0;
   epoch_ = epoch;

@@ -34,7 +34,7 @@ def dispatch(
     num_rows = recv_capacity or config.num_rows
     _check_rows(x, config, num_rows)
     if weights is None:
-        weights = jnp.where(_repeats(expert_ids), 0.0, 1.0)
+        weights = jnp.where(_repeats(expert_ids), 0, 1).astype(jnp.float32)
     out = _dispatch(config, dequantize, num_rows, vary(x), vary(expert_ids), vary(weights), after)
     tokens, scales, sizes, handle, peers, invalid_ids, order = out
     zero = vary(jnp.zeros((), jnp.int32))

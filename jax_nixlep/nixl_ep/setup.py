@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,14 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_nixlep import _ffi
-from jax_nixlep._ffi import NixlError
+from jax_nixlep import _ffi, _nixl
+from jax_nixlep._ffi import EpError, NixlError
 from jax_nixlep.config import EpConfig
 from jax_nixlep.nixl_ep.library import check_config, find_library, read_limits
 from jax_nixlep.nixl_ep.packed import combine, dispatch
 from jax_nixlep.routing import PackedHandle
 
 _DEFAULT_SMS = 132
+_KEY = "NIXL_EP/{}"  # where Buffers look for the metadata of a rank
 
 
 def make_endpoint(device: jax.Device, rank: int, config: EpConfig, timeout_s: float, mask_late_peers: bool) -> Any:
@@ -31,18 +34,51 @@ def make_endpoint(device: jax.Device, rank: int, config: EpConfig, timeout_s: fl
     _ffi.check_nixl_ep_device(device)
     library = find_library()
     check_config(config, read_limits(library), getattr(device, "core_count", _DEFAULT_SMS))
-    return _ffi.make_nixl_ep_endpoint(
-        device,
-        library=str(library),
-        rank=rank,
-        max_ranks=config.max_ranks,
-        experts_per_rank=config.experts_per_rank,
-        max_tokens=config.max_tokens_per_rank,
-        top_k=config.top_k,
-        hidden=config.hidden,
-        timeout_s=timeout_s,
-        mask_late_peers=mask_late_peers,
-    )
+    try:
+        return _ffi.make_nixl_ep_endpoint(
+            device,
+            library=str(library),
+            rank=rank,
+            max_ranks=config.max_ranks,
+            experts_per_rank=config.experts_per_rank,
+            max_tokens=config.max_tokens_per_rank,
+            top_k=config.top_k,
+            hidden=config.hidden,
+            timeout_s=timeout_s,
+            mask_late_peers=mask_late_peers,
+        )
+    except EpError as error:
+        raise EpError(f"{error} (nixl-cu13 {importlib.metadata.version('nixl-cu13')} is installed)") from error
+
+
+def meet(endpoint: Any, rank: int, members: Sequence[int], store: Any, timeout_s: float) -> None:
+    """Connects and activates as upstream's `Buffer.connect_ranks` does. Collective.
+
+    Args:
+      store: torch.distributed.TCPStore, the others' `tcp_store_group`.
+
+    Raises:
+      TimeoutError: names the ranks that did not arrive.
+      EpError: a rank came and did not go on.
+    """
+    deadline = time.monotonic() + timeout_s
+    others = [r for r in members if r != rank]
+    keys = [_KEY.format(r) for r in others]
+    endpoint.open_nixl(str(_nixl.find_library()), str(rank))
+    store.set(_KEY.format(rank), endpoint.agent_metadata())
+    try:
+        while absent := [r for r, key in zip(others, keys, strict=True) if not store.check([key])]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"initialize: ranks {absent} did not arrive within {timeout_s:g} s; check that they run and "
+                    "use the same store, or raise init_timeout_s"
+                )
+            time.sleep(0.01)
+        for peer, key in zip(others, keys, strict=True):
+            endpoint.connect_upstream(peer, bytes(store.get(key)), max(1.0, deadline - time.monotonic()))
+    finally:
+        store.delete_key(_KEY.format(rank))
+    endpoint.activate(1, list(members))
 
 
 def self_test(config: EpConfig, ranks: Mapping[jax.Device, int], members: Sequence[int]) -> None:

@@ -258,22 +258,16 @@ def test_a_late_peer_poisons_and_is_named(gpu_pools):
 # --- A rank that is upstream's own Buffer ---
 
 
-def rank_beside_upstream(_job, config, folder, repeats):
+def rank_beside_upstream(job, config, folder, repeats):
     """Rank 1: ours."""
     import jax
+    import torch
 
     import jax_nixlep as nx
-    from jax_nixlep import _ffi, _nixl
-    from jax_nixlep.nixl_ep.setup import make_endpoint
 
+    store = torch.distributed.TCPStore("127.0.0.1", collect(folder, "port"), is_master=False, wait_for_workers=False)
+    job.initialize(config, rank=1, members=[0, 1], store=store, kernels="nixl_ep")
     x, ids, weights = collect(folder, "input 1")
-    device = jax.local_devices()[0]
-    endpoint = make_endpoint(device, 1, config, 20.0, True)
-    endpoint.open_nixl(str(_nixl.find_library()), "1")
-    deposit(folder, "metadata 1", endpoint.agent_metadata())
-    endpoint.connect_upstream(0, collect(folder, "metadata 0"), 20.0)
-    endpoint.activate(1, [0, 1])
-    _ffi.set_endpoint(device, endpoint)
 
     def back(rows, ids, weights, handle):
         return nx.nixl_ep.low_latency_combine(2 * rows, ids, weights, handle, config=config)[0]
@@ -290,9 +284,6 @@ def rank_beside_upstream(_job, config, folder, repeats):
         floats = [np.asarray(v).astype(np.float32) for v in (rows, y)]
         results.append(floats + [np.asarray(v) for v in (count, handle.source, handle.ranges)])
     deposit(folder, "result 1", results)
-    collect(folder, "result 0")
-    _ffi.set_endpoint(device, None)
-    endpoint.close()
     return results
 
 

@@ -1,6 +1,6 @@
 """Rank 0 of a group of two that is upstream's own nixl_ep.Buffer, with torch and without this package: upstream.py DIR.
 
-It meets rank 1 by files in DIR.
+It meets rank 1 in torch's own store, and shows the test what it got by files in DIR.
 """
 
 import pickle
@@ -30,11 +30,12 @@ def main(folder):
 
     experts, tokens, hidden, repeats, x, ids, weights = collect(folder, "input 0")
     torch.cuda.set_device(0)
-    buffer = Buffer(rank=0, explicitly_destroy=True, timeout_ms=20_000)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    deposit(folder, "port", store.port)
+    buffer = Buffer(rank=0, explicitly_destroy=True, tcp_store_group=store, timeout_ms=20_000)
     num_bytes = Buffer.get_rdma_size_hint(tokens, hidden, 2, 2 * experts)
     buffer.update_memory_buffers(num_ranks=2, num_experts_per_rank=experts, num_rdma_bytes=num_bytes)
-    deposit(folder, "metadata 0", bytes(buffer.runtime.get_local_metadata()))
-    buffer.runtime.connect_ranks([1], [collect(folder, "metadata 1")])
+    buffer.connect_ranks([0, 1])
     x = torch.tensor(x, device="cuda").bfloat16()
     ids = torch.tensor(ids, device="cuda").to(topk_idx_t)
     weights = torch.tensor(weights, device="cuda")
