@@ -1,6 +1,6 @@
 #!/bin/bash
 # The GPU suite. One command, from the repository root, on a machine with a GPU; what each step is: results/README.md.
-#   WHEELS=DIR OUT=DIR bash tests/gpu/run.sh [tests] [layer] [generate] [decode] [chain] [sanitizer] [phases]
+#   WHEELS=DIR OUT=DIR bash tests/gpu/run.sh [tests] [layer] [generate] [elastic] [decode] [chain] [sanitizer] [phases]
 # WHEELS holds nixl.tar.xz and ucx.tar.xz (tests/gpu/setup.sh); OUT gets the raw output. The modules must be built
 # (pip install -e . with nvcc and UCX's headers present), or are found in jax_nixlep/.
 # JAX_NIXLEP_TEST_GPUS: rank r uses GPU r % that number. UPSTREAM: a program that prints upstream's phase times for the same
@@ -10,7 +10,7 @@
 export JAX_NIXLEP_TEST_GPUS=${JAX_NIXLEP_TEST_GPUS:-1}
 OUT=${OUT:-out}
 mkdir -p "$OUT"
-steps=${*:-tests layer generate decode chain sanitizer phases}
+steps=${*:-tests layer generate elastic decode chain sanitizer phases}
 {
   date -u +%FT%TZ
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
@@ -22,10 +22,15 @@ steps=${*:-tests layer generate decode chain sanitizer phases}
 run_tests() {  # SECONDS NAME ARGUMENTS...
   timeout "$1" python3 -m pytest -q -p no:cacheprovider --timeout 90 --durations=5 $PYTEST_ARGS "${@:3}" 2>&1 | tee "$OUT/$2.txt"
 }
-layer=tests/gpu/test_layer_gpu.py generate=tests/gpu/test_examples_gpu.py
-if [[ $steps == *tests* ]]; then run_tests 400 tests tests/gpu --ignore $layer --ignore $generate; fi
+layer=tests/gpu/test_layer_gpu.py generate=tests/gpu/test_examples_gpu.py elastic=tests/gpu/test_elastic_gpu.py
+if [[ $steps == *tests* ]]; then run_tests 400 tests tests/gpu --ignore $layer --ignore $generate --ignore $elastic; fi
 if [[ $steps == *layer* ]]; then run_tests 400 layer $layer; fi
 if [[ $steps == *generate* ]]; then run_tests 300 generate $generate; fi
+if [[ $steps == *elastic* ]]; then
+  run_tests 300 elastic $elastic
+  JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false CUDA_MODULE_LOADING=EAGER timeout 200 \
+    python3 -m jax_nixlep.bench_elastic --transports shared --json "$OUT/elastic.json" 2>&1 | tail -9 | tee "$OUT/elastic_figures.txt"
+fi
 
 if [[ $steps == *decode* ]]; then  # cuBLAS: a program of its own kind for each matmul takes minutes to tune
   XLA_FLAGS=--xla_gpu_enable_triton_gemm=false timeout 300 python3 examples/bench_decode.py --gpu \
