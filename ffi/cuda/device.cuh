@@ -227,6 +227,11 @@ __device__ inline void SetNotice(const Op& op, const Params& p, int to, T Notice
   PutControl<UCS_DEVICE_LEVEL_THREAD>(p.control, p.g.max_ranks, to, own, sizeof(T));
 }
 
+// What rank `from` says when it stops.
+__device__ inline uint64_t NoticeFrom(const Op& op, const Params& p, int from, Notice notice) {
+  return NoticeWord(p.control->state.peers[from].nonce, uint16_t(op.stamp >> kEpochShift), uint64_t(notice));
+}
+
 // Ends this and all later operations of the endpoint, and tells the peers. One thread.
 __device__ __noinline__ static void Fail(Op& op, const Params& p, Failure why, int peer, uint64_t other_tag = 0) {
   DeviceState& state = p.control->state;
@@ -238,8 +243,9 @@ __device__ __noinline__ static void Fail(Op& op, const Params& p, Failure why, i
   state.report->peer = peer;
   __threadfence_system();
   StoreRelaxed(&state.report->code, uint32_t(why));
+  const uint64_t notice = NoticeFrom(op, p, op.rank, Notice::kFailed);
   for (int r = 0; r < p.g.max_ranks; ++r) {
-    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, NoticeOf(op.stamp, Notice::kFailed));
+    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, notice);
   }
 }
 
@@ -312,10 +318,10 @@ __device__ inline bool GaveUp(const Op& op, const Params& p, int peer) {
   return stamp && stamp >> kEpochShift == op.stamp >> kEpochShift && stamp <= op.stamp;
 }
 
-// True if the peer said, in this epoch, that it stopped.
+// True if the peer said, in this epoch of this group, that it stopped.
 __device__ inline bool HasStopped(const Op& op, const Params& p, int peer) {
-  const uint32_t notice = LoadRelaxed(&p.control->notices[peer].notice);
-  return notice == NoticeOf(op.stamp, Notice::kLeft) || notice == NoticeOf(op.stamp, Notice::kFailed);
+  const uint64_t notice = LoadRelaxed(&p.control->notices[peer].notice);
+  return notice == NoticeFrom(op, p, peer, Notice::kLeft) || notice == NoticeFrom(op, p, peer, Notice::kFailed);
 }
 
 // True if the host ends the operation, which waits for `peer`; else says whether it knows the peer to be dead. To be
@@ -371,7 +377,7 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
       Fail(op, p, Failure::kPeerAhead, r);
       done = true;
     } else if (stopped) {  // and the message was still not there when looked for once more
-      const bool left = LoadRelaxed(&p.control->notices[r].notice) == NoticeOf(op.stamp, Notice::kLeft);
+      const bool left = LoadRelaxed(&p.control->notices[r].notice) == NoticeFrom(op, p, r, Notice::kLeft);
       Fail(op, p, left ? Failure::kPeerLeft : Failure::kPeerFailed, r);
       done = true;
     } else if ((dead || now >= op.deadline_ns + kGraceNs) && DecideTimeout(op, p, r, true)) {

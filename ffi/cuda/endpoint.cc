@@ -381,6 +381,7 @@ void CudaEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
     peer.pointer = r == rank() ? region_ : views_->pointers[size_t(RegionRow(r))];
     peer.control = r == rank() ? control_ : reinterpret_cast<Control*>(views_->pointers[size_t(ControlRow(r, R))]);
     peer.member = 1;
+    peer.nonce = r == rank() ? nonce_ : views_->links[size_t(r)]->nonce;
     state.num_put_peers += !peer.pointer;
   }
   host_->report.code = uint32_t(cuda::Failure::kNone);

@@ -23,16 +23,10 @@ static_assert(sizeof(SignalCell) == kAlign);
 
 // One peer's cell of notices.
 struct alignas(kAlign) NoticeCell {
-  uint32_t notice;  // NoticeOf
-  uint32_t unused;
+  uint64_t notice;    // why the peer stopped: NoticeWord, with the peer's nonce
   uint64_t finished;  // stamp of the last split operation that the peer has finished reading
   uint64_t given_up;  // stamp of the operation in which the peer went on without this rank
 };
-
-// Why a peer stopped, and in which epoch: it says nothing about a later one.
-constexpr uint32_t NoticeOf(uint64_t stamp, Notice notice) {
-  return uint32_t(stamp >> kEpochShift) << 16 | uint32_t(notice);
-}
 
 // The numbers of Layout, evaluated once.
 struct Geometry {
@@ -101,6 +95,7 @@ struct PeerEntry {
   uint32_t member;
   uint32_t unused;
   uint64_t decision;  // of blocks that disagree about a late arrival: stamp, with kTimedOutBit
+  uint64_t nonce;     // of the peer's endpoint; its goodbye to an earlier group may come after this one has begun
 };
 
 struct PeerCounters {
