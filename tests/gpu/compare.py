@@ -1,4 +1,9 @@
-"""The output of `run.sh phases` as the comparison with upstream: python compare.py phases.txt... > phases.json"""
+"""The output of `run.sh phases` as the comparison with upstream:
+
+    python compare.py COPY_TB_S phases.txt... > phases.json
+
+COPY_TB_S: a device-to-device copy on the same GPU, bytes read and written (kernel_phases prints it).
+"""
 
 import ast
 import json
@@ -6,10 +11,8 @@ import statistics
 import sys
 from pathlib import Path
 
-COPY_TB_S = 4.2  # device-to-device copy on the same GPU, bytes read and written (kernel_phases prints it)
 
-
-def main(paths):
+def main(copy_tb_s, paths):
     cases = {}
     for path in paths:
         side = key = None
@@ -33,7 +36,7 @@ def main(paths):
         us = {s: [round(statistics.median(c), 1) for c in zip(*(r["us"] for r in sides[s]), strict=True)]
               for s in ("ours", "upstream")}  # fmt: skip
         dispatched = hidden * (1 if fp8 else 2) + (hidden // 32 if fp8 else 0)
-        limit_us = (1 + top_k) * tokens * (dispatched + 2 * hidden) / COPY_TB_S * 1e-6
+        limit_us = (1 + top_k) * tokens * (dispatched + 2 * hidden) / copy_tb_s * 1e-6
         phases.append({
             "ranks": ranks, "tokens": tokens, "hidden": hidden, "experts_per_rank": experts, "top_k": top_k,
             "wire": "fp8" if fp8 else "bf16", "rows": sides["ours"][0]["rows"],
@@ -46,4 +49,4 @@ def main(paths):
     print(json.dumps({"phases": phases}, indent=1))
 
 
-main(sys.argv[1:])
+main(float(sys.argv[1]), sys.argv[2:])
