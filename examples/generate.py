@@ -105,15 +105,19 @@ def generate(
     mine = range(env.rank, len(prompts), env.num_ranks)
     rows, width = -(-len(prompts) // env.num_ranks), max(map(len, prompts))
     per_rank = -(-model.num_experts // env.num_ranks)
-    config = model.ep_config(env.num_ranks, per_rank, -(-rows * width // 4) * 4)  # nixl_ep: tokens in fours
+    own = args.kernels == "native"
+    config = model.ep_config(env.num_ranks, per_rank, rows * width if own else -(-rows * width // 4) * 4)  # in fours
     table = identity_table(model.num_experts, range(env.num_ranks), per_rank, env.num_ranks)
     experts = model.load_experts(table[env.rank * per_rank : (env.rank + 1) * per_rank].tolist())
     weights = [
         jax.tree.map(lambda w: jax.device_put(np.asarray(w), may_alias=True), tree)
         for tree in (model.load_dense(), experts)
     ]
-    nx.initialize(config, kernels=args.kernels)
-    programs = compile_steps(model, config, rows, (width, 1), args.length)  # for these kernels
+    # Programs are compiled for the kernels that are in use. Others than our own are so from here on: ranks that compile
+    # for longer than others are waited for by the first operation.
+    programs = compile_steps(model, config, rows, (width, 1), args.length) if own else None
+    nx.initialize(config, kernels=args.kernels, timeout_s=60.0 if own else 600.0)
+    programs = programs or compile_steps(model, config, rows, (width, 1), args.length)
     placement = table_placement(table, model.num_experts, env.num_ranks)
 
     batch = Batch.empty(rows, width)

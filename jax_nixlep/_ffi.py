@@ -86,7 +86,7 @@ def make_endpoint(device: jax.Device, **options: Any) -> Endpoint:
     if device.platform == "cpu":
         return Endpoint(**options)
     if device.platform != "gpu" or _cuda is None:
-        built = "cpu and CUDA" if _cuda else "cpu only; reinstall with nvcc and libucx-cu13 present"
+        built = "cpu and CUDA" if _cuda else "cpu only; set JAX_NIXLEP_CUDA=ON and reinstall"
         raise RuntimeError(f"initialize: devices must be of a platform that was built; got {device.platform}; {built}")
     return _cuda.Endpoint(device=device.local_hardware_id, **options)
 

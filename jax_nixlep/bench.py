@@ -417,6 +417,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     kernels = ",".join(RUNTIMES)
     parser.add_argument("--kernels", default="native,xla", help=f"what to time, some of {kernels} (native,xla)")
+    parser.add_argument("--gpus", type=int, help="rank r runs on GPU r %% GPUS (on CPUs)")
     parser.add_argument("--json", metavar="OUT", help="write all figures")
     parser.add_argument("--plot", metavar="OUT", help="write a PNG (needs matplotlib)")
     args = parser.parse_args(argv)
@@ -434,8 +435,9 @@ def main() -> int:
     args, job = parse(), launch.rank_env()
     if job is None:
         env = {"JAX_NIXLEP_P2P": "0"} if args.transport == "nixl" else {}
-        env["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
-        return launch.run(["-m", "jax_nixlep.bench", *sys.argv[1:]], args.ranks, env=env)
+        if args.gpus is None:
+            env["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
+        return launch.run(["-m", "jax_nixlep.bench", *sys.argv[1:]], args.ranks, env=env, gpus=args.gpus)
     jax.distributed.initialize(job.coordinator, job.num_ranks, job.rank)
     mesh = jax.make_mesh((args.ranks,), (AXIS,))
     config = nx.EpConfig(

@@ -254,6 +254,7 @@ class EpGroup:
         secret: str | None,
         timeout_s: float,
         make_elastic: Callable[[], Elastic] | None,
+        kernels: str,
     ) -> None:
         """Meets the other members at `url`; returns when all are connected and active."""
         server, self._store = stores.serve_or_connect(url, serve=serve, secret=secret, timeout_s=timeout_s)
@@ -263,7 +264,7 @@ class EpGroup:
         if self._elastic is not None and not self._members:
             self._elastic.join()
             return
-        self._rendezvous = Rendezvous(self._store, self._seats, self.config, self._members, timeout_s)
+        self._rendezvous = Rendezvous(self._store, self._seats, self.config, self._members, timeout_s, kernels)
         self._rendezvous.connect()
         if self._elastic is None:
             self._activate()
@@ -478,7 +479,7 @@ def initialize(
                 group._activate()
             else:
                 serve = mesh is None and not join and seats[0].rank == group._members[0] and _launched() is None
-                group._open(url, serve, secret, init_timeout_s, make_elastic)
+                group._open(url, serve, secret, init_timeout_s, make_elastic, kernels)
         except BaseException:
             group._close()
             raise

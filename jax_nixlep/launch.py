@@ -133,7 +133,7 @@ def run(
     if num_ranks < 1 or not argv:
         raise ValueError(f"run: num_ranks and argv must not be empty; got {num_ranks} and {list(argv)}; name a script")
     if gpus is not None and gpus < 1:
-        raise ValueError(f"run: gpus must be at least 1, or None; got {gpus}; leave it out to run on CPUs")
+        raise ValueError(f"run: gpus must be at least 1, or None; got {gpus}; leave it out to let JAX choose")
     secret = secrets.token_hex(32)
     with socket.create_server(("127.0.0.1", 0)) as free:
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
@@ -364,7 +364,7 @@ def main() -> int:
     if args.ranks < 1 or not argv:
         parser.error(f"-n must be at least 1 and a script or module given; got -n {args.ranks} and {argv}")
     if args.gpus is not None and args.gpus < 1:
-        parser.error(f"--gpus must be at least 1; got {args.gpus}; leave it out to run on CPUs")
+        parser.error(f"--gpus must be at least 1; got {args.gpus}; leave it out to let JAX choose")
     return run(argv, args.ranks, gpus=args.gpus, timeout_s=args.timeout)
 
 

@@ -39,8 +39,17 @@ class Rendezvous:
     made of those nonces.
     """
 
-    def __init__(self, store: Store, seats: Sequence[Seat], config: EpConfig, members: Sequence[int], timeout_s: float):
+    def __init__(
+        self,
+        store: Store,
+        seats: Sequence[Seat],
+        config: EpConfig,
+        members: Sequence[int],
+        timeout_s: float,
+        kernels: str = "native",
+    ):
         self._store = store
+        self._kernels = kernels
         self._seats = seats
         self._config = config
         self._members = tuple(members)
@@ -107,7 +116,7 @@ class Rendezvous:
 
     def _arrive(self) -> None:
         described = {f.name: _plain(getattr(self._config, f.name)) for f in dataclasses.fields(self._config)}
-        described |= {"members": list(self._members), "wire version": _ffi.WIRE_VERSION}
+        described |= {"members": list(self._members), "wire version": _ffi.WIRE_VERSION, "kernels": self._kernels}
         published: dict[Seat, dict[str, Any]] = {}
 
         def not_met(seat: Seat) -> list[int]:

@@ -310,7 +310,9 @@ def test_bad_arguments() -> None:
     for num_ranks, argv in [(0, ["x.py"]), (2, [])]:
         with pytest.raises(ValueError, match="run: num_ranks and argv must not be empty"):
             run(argv, num_ranks)
-    with pytest.raises(ValueError, match="run: gpus must be at least 1, or None; got 0; leave it out to run on CPUs"):
+    with pytest.raises(
+        ValueError, match="run: gpus must be at least 1, or None; got 0; leave it out to let JAX choose"
+    ):
         run(["x.py"], 2, gpus=0)
     for args in (["-n", "2"], ["-n", "0", "x.py"], ["x.py"], ["-n", "2", "--gpus", "0", "x.py"]):
         done = launched(*args)

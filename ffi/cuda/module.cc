@@ -74,7 +74,6 @@ void BindNixlEp(py::module_& m) {
           },
           py::arg("peer"), py::arg("metadata"), py::arg("timeout_s"),
           "Connects to a rank that is upstream's own Buffer, while that runs connect_ranks.")
-      .def("set_masked", &NixlEpEndpoint::SetMasked, py::arg("peer"), py::arg("masked"), Unlocked())
       .def_property_readonly("num_bytes", &NixlEpEndpoint::num_bytes)
       .def_property_readonly("dropped_rows", [](const NixlEpEndpoint&) { return 0; })
       .def_property_readonly("invalid_ids", [](const NixlEpEndpoint&) { return 0; });

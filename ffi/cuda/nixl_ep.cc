@@ -318,20 +318,6 @@ void NixlEpEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
   active_ = true;
 }
 
-void NixlEpEndpoint::SetMasked(int peer, bool masked) {
-  std::lock_guard lock(mutex_);
-  OnDevice current(device_);
-  const Peer& p = peers_.at(size_t(peer));
-  if (peer == options_.rank || !p.member) {
-    throw EpError("nixl_ep: only another member can be masked or unmasked; got " + Who(peer));
-  }
-  Check(cudaDeviceSynchronize(), "finishing before the mask changes");
-  Check(cudaMemcpy(host_mask_, Piece(mask_at_), 4 * peers_.size(), cudaMemcpyDeviceToHost), "reading the mask");
-  host_mask_[peer] = masked;
-  fatal_[size_t(peer)] = !masked && !options_.mask_late_peers;
-  WriteMask();
-}
-
 void NixlEpEndpoint::WriteMask() {
   const size_t num_bytes = 4 * peers_.size();
   Check(cudaMemcpy(Piece(mask_at_), host_mask_, num_bytes, cudaMemcpyHostToDevice), "writing the mask");
@@ -378,6 +364,11 @@ uint64_t NixlEpEndpoint::num_operations() const {
 }
 
 std::string NixlEpEndpoint::Failure() const {
+  std::lock_guard lock(mutex_);
+  return FailureLocked();
+}
+
+std::string NixlEpEndpoint::FailureLocked() const {
   if (!host_mask_) return "";
   for (size_t r = 0; r < peers_.size(); ++r) {
     if (fatal_[r] && reinterpret_cast<volatile int32_t&>(host_mask_[r])) {
@@ -390,7 +381,7 @@ std::string NixlEpEndpoint::Failure() const {
 
 void NixlEpEndpoint::Begin(const char* op, int num_tokens) const {
   if (!active_) throw EpError(std::string(op) + ": the group was shut down; call initialize first");
-  if (std::string failure = Failure(); !failure.empty()) {
+  if (std::string failure = FailureLocked(); !failure.empty()) {
     throw EpError(std::string(op) + ": the group failed earlier: " + failure + "; shut down and initialize again");
   }
   if (num_tokens > shape().max_tokens) {

@@ -98,8 +98,6 @@ class NixlEpEndpoint {
   void DropPeer(int peer);
   // All members must be idle, and none may begin an operation before all have done this.
   void Activate(uint16_t epoch, std::span<const int> members);
-  // A member that is masked takes no part until it is unmasked; the kernels mask late ones themselves.
-  void SetMasked(int peer, bool masked);
   void Close();
 
   // --- Reading; any thread, any time. ---
@@ -141,6 +139,8 @@ class NixlEpEndpoint {
     bool member = false, by_pointer = false;
   };
 
+  // Under mutex_.
+  std::string FailureLocked() const;
   void Begin(const char* op, int num_tokens) const;
   void End(int32_t* masked, cudaStream_t stream);
   void WriteMask();
