@@ -289,6 +289,10 @@ class EpGroup:
     def _replace_members(self, members: Sequence[int]) -> None:
         """Other ranks of a mesh take part from now on. Every process of the mesh calls; no operation runs."""
         assert self._rendezvous is not None
+        if _ffi.kernels() != "nixl_ep":  # whoever comes back is not to be waited for while it maps the others
+            for seat in self._seats:
+                if seat.rank in members:
+                    seat.endpoint.prepare(list(members))
         # Nobody is in an operation of the old epoch any more.
         self._rendezvous.barrier(f"epoch {self._epoch + 1}", op="ElasticMesh.resize")
         self._epoch, self._members = self._epoch + 1, tuple(members)

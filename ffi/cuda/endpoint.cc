@@ -70,9 +70,9 @@ std::byte* TakeRegion(DeviceMemory& memory, size_t num_bytes) {
     memory.free_regions.erase(found);
   } else {
     Check(cudaMalloc(&region, num_bytes), "allocating the symmetric memory");
+    Check(cudaMemset(region, 0, num_bytes), "clearing the symmetric memory");
   }
-  Check(cudaMemset(region, 0, num_bytes), "clearing the symmetric memory");
-  return region;
+  return region;  // one that was used before stays as it is: a slow peer of the earlier group may still read it
 }
 
 // Reads a number of SMs from the environment: how much of the GPU the operations may take.
@@ -193,6 +193,7 @@ std::string CudaEndpoint::OpenNixl(const std::string& library, const std::string
   std::lock_guard connect(connect_);
   OnDevice current(device_);
   if (stuck_) throw EpError(kStuck);
+  if (closed_) throw EpError("endpoint: it is closed; it cannot connect");
   if (!nixl_) {
     auto agent = std::make_unique<NixlAgent>(library, name, device_);
     const auto control = reinterpret_cast<std::byte*>(control_);
@@ -211,6 +212,7 @@ void CudaEndpoint::ConnectNixl(int peer, const std::string& metadata, uint64_t r
   std::lock_guard connect(connect_);
   OnDevice current(device_);
   if (stuck_) throw EpError(kStuck);
+  if (closed_) throw EpError("endpoint: it is closed; it cannot connect");
   Place place;
   if (metadata.size() <= sizeof(place)) throw EpError("endpoint: metadata must come from a peer's open_nixl");
   std::memcpy(&place, metadata.data(), sizeof(place));
@@ -344,6 +346,7 @@ void CudaEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
   const bool alone = wanted == Links(wanted.size());
 
   std::lock_guard lock(mutex_);
+  if (closed_) throw EpError("endpoint: it is closed; it cannot begin an epoch");
   // Who is out, and perhaps does not know it, may still be reading what this rank is about to overwrite.
   host_->given_up = uint64_t(epoch_) << kEpochShift | 1;
   for (int r = 0; r < R; ++r) {
@@ -400,6 +403,7 @@ void CudaEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
             "clearing the counters");
     }
   }
+  if (alone) Check(cudaStreamSynchronize(background_), "clearing the counters");  // else the next boundary does
   epoch_ = epoch;
   active_ = true;
 }
