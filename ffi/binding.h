@@ -90,10 +90,9 @@ void BindElastic(py::class_<E, std::shared_ptr<E>>& endpoint) {
 }
 
 template <typename E>
-void BindSetEndpoint(py::module_& m) {
+void BindSetEndpoint(py::module_& m, const char* name = "set_endpoint") {
   m.def(
-      "set_endpoint",
-      [](int device, std::shared_ptr<E> endpoint) { RegistryOf<E>::Get().Set(device, std::move(endpoint)); },
+      name, [](int device, std::shared_ptr<E> endpoint) { RegistryOf<E>::Get().Set(device, std::move(endpoint)); },
       py::arg("device"), py::arg("endpoint").none(true),
       "Operations of local device `device` use `endpoint` (or none).");
 }

@@ -24,12 +24,12 @@ def check_dispatch(
     if scales is None and x.dtype == jnp.float8_e4m3fn:
         raise ValueError("dispatch: scales must be given for an x of float8_e4m3fn; got None; pass those of quantize")
     if scales is None:
-        _check_array("dispatch", "x", x, (tokens, config.hidden), config.dtype)
+        check_array("dispatch", "x", x, (tokens, config.hidden), config.dtype)
     else:
         _check_quantized(x, scales, (tokens, config.hidden), config)
-    _check_array("dispatch", "expert_ids", expert_ids, (tokens, k), jnp.int32)
+    check_array("dispatch", "expert_ids", expert_ids, (tokens, k), jnp.int32)
     if weights is not None:
-        _check_array("dispatch", "weights", weights, (tokens, k), jnp.float32)
+        check_array("dispatch", "weights", weights, (tokens, k), jnp.float32)
     if not dequantize and config.wire != "fp8_e4m3":
         raise ValueError(f'dispatch: dequantize must be True for wire="{config.wire}"; got False; leave it out')
     if recv_capacity is not None and not (isinstance(recv_capacity, (int, np.integer)) and recv_capacity > 0):
@@ -44,9 +44,9 @@ def _check_quantized(x: Any, scales: Any, shape: tuple[int, int], config: EpConf
             f'dispatch: scales must be None for wire="{config.wire}"; got {scales.dtype} {list(scales.shape)}; '
             'use EpConfig(wire="fp8_e4m3")'
         )
-    _check_array("dispatch", "x", x, shape, jnp.float8_e4m3fn, "quantise it, or leave scales out")
+    check_array("dispatch", "x", x, shape, jnp.float8_e4m3fn, "quantise it, or leave scales out")
     as_bytes = config.scale_format == "ue8m0" and scales.dtype == jnp.uint8
-    _check_array(
+    check_array(
         "dispatch",
         "scales",
         scales,
@@ -62,13 +62,13 @@ def check_combine(expert_out: Any, handle: Handle, weights: Any, config: EpConfi
         raise TypeError(f"combine: handle must be a Handle; got {type(handle).__name__}; pass received.handle")
     tokens, k = handle.expert_ids.shape
     shape = (config.max_ranks, config.max_tokens_per_rank, k)
-    _check_array("combine", "handle.row_of", handle.row_of, shape, jnp.int32)
-    _check_array("combine", "expert_out", expert_out, (handle.row_weights.shape[0], config.hidden), config.dtype)
+    check_array("combine", "handle.row_of", handle.row_of, shape, jnp.int32)
+    check_array("combine", "expert_out", expert_out, (handle.row_weights.shape[0], config.hidden), config.dtype)
     if weights is not None:
-        _check_array("combine", "weights", weights, (tokens, k), jnp.float32)
+        check_array("combine", "weights", weights, (tokens, k), jnp.float32)
 
 
-def _check_array(
+def check_array(
     op: str,
     name: str,
     value: Any,
@@ -76,6 +76,7 @@ def _check_array(
     dtype: Any,
     remedy: str = "cast or reshape it, or change EpConfig",
 ) -> None:
+    """Refuses an argument of `op` that is not of this shape and dtype."""
     if value.shape != shape or value.dtype != dtype:
         raise ValueError(
             f"{op}: {name} must be {jnp.dtype(dtype).name} {list(shape)}; got {value.dtype} {list(value.shape)}; "

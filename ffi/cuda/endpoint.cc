@@ -13,6 +13,8 @@
 #include <map>
 #include <utility>
 
+#include "cuda/host.h"
+
 namespace jax_nixlep::cuda {
 
 // Host memory that the GPU can reach: copies to and from it go straight, and kernels may use it.
@@ -28,24 +30,7 @@ struct HostBlock {
 
 namespace {
 
-void Check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) {
-    throw EpError(std::string("endpoint: ") + what + " failed: " + cudaGetErrorString(status));
-  }
-}
-
-// Makes the device current for a scope.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    Check(cudaGetDevice(&before_), "cudaGetDevice");
-    Check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-
- private:
-  int before_ = 0;
-};
+void Check(cudaError_t status, const char* what) { CheckCuda("endpoint", status, what); }
 
 // Memory that outlives endpoints. The control block is found by captured graphs, a region by peers that are slow to
 // leave; so neither is freed, and a later endpoint takes them over.
@@ -88,11 +73,6 @@ int NumSms(int device) {
 
 constexpr std::chrono::milliseconds kWatch{20};  // between two looks at whether the peers live
 constexpr std::chrono::seconds kViewTimeout{30};
-
-bool PointersAllowed() {
-  const char* text = std::getenv("JAX_NIXLEP_P2P");
-  return !text || std::string(text) != "0";
-}
 
 }  // namespace
 

@@ -4,7 +4,6 @@
 #include "cuda/handlers.h"
 
 #include <cuda_runtime.h>
-#include <nvtx3/nvToolsExt.h>
 
 #include <atomic>
 #include <map>
@@ -12,6 +11,7 @@
 
 #include "attributes.h"
 #include "cuda/endpoint.h"
+#include "cuda/host.h"
 #include "registry.h"
 
 namespace jax_nixlep::cuda {
@@ -23,12 +23,6 @@ using I32 = ffi::Buffer<ffi::S32>;
 using F32 = ffi::Buffer<ffi::F32>;
 using Any = ffi::AnyBuffer;
 using Stream = ffi::PlatformStream<cudaStream_t>;
-
-class Range {
- public:
-  explicit Range(const char* name) { nvtxRangePushA(name); }
-  ~Range() { nvtxRangePop(); }
-};
 
 std::atomic<uint64_t> num_launches{0};
 

@@ -43,27 +43,10 @@ void BindNixlEp(py::module_& m) {
       .def(py::init(&MakeNixlEpEndpoint), py::kw_only(), py::arg("library"), py::arg("device"), py::arg("rank"),
            py::arg("max_ranks"), py::arg("experts_per_rank"), py::arg("max_tokens"), py::arg("top_k"),
            py::arg("hidden"), py::arg("timeout_s"), py::arg("mask_late_peers"), Unlocked())
-      .def("address",
-           [](const NixlEpEndpoint& e) {
-             return py::dict(py::arg("pid") = getpid(), py::arg("fd") = -1, py::arg("nonce") = e.nonce(),
-                             py::arg("base") = reinterpret_cast<uintptr_t>(e.region()));
-           })
+      .def("address", &Address<NixlEpEndpoint>)
       .def(
           "map_peer", [](NixlEpEndpoint&, int, int, int, uint64_t) { return false; }, py::arg("peer"), py::arg("pid"),
           py::arg("fd"), py::arg("nonce"))
-      .def("open_nixl", &OpenNixl<NixlEpEndpoint>, py::arg("library"), py::arg("name"))
-      .def("connect_nixl", &ConnectNixl<NixlEpEndpoint>, py::arg("peer"), py::arg("metadata"), py::arg("remote_base"),
-           py::arg("nonce"))
-      .def("drop_peer", &NixlEpEndpoint::DropPeer, py::arg("peer"), Unlocked())
-      .def(
-          "activate",
-          [](NixlEpEndpoint& e, int epoch, const std::vector<int>& members) { e.Activate(uint16_t(epoch), members); },
-          py::arg("epoch"), py::arg("members"), Unlocked())
-      .def("failure", &NixlEpEndpoint::Failure)
-      .def("close", &NixlEpEndpoint::Close, Unlocked())
-      .def("health", &HealthOf<NixlEpEndpoint>, py::arg("rank"))
-      .def_property_readonly("epoch", &NixlEpEndpoint::epoch)
-      .def_property_readonly("num_operations", &NixlEpEndpoint::num_operations)
       .def("agent_metadata", [](const NixlEpEndpoint& e) { return py::bytes(e.AgentMetadata()); })
       .def(
           "connect_upstream",
@@ -77,12 +60,8 @@ void BindNixlEp(py::module_& m) {
       .def_property_readonly("num_bytes", &NixlEpEndpoint::num_bytes)
       .def_property_readonly("dropped_rows", [](const NixlEpEndpoint&) { return 0; })
       .def_property_readonly("invalid_ids", [](const NixlEpEndpoint&) { return 0; });
-  m.def(
-      "set_nixl_ep_endpoint",
-      [](int device, std::shared_ptr<NixlEpEndpoint> endpoint) {
-        RegistryOf<NixlEpEndpoint>::Get().Set(device, std::move(endpoint));
-      },
-      py::arg("device"), py::arg("endpoint").none(true));
+  BindEndpoint(endpoint);
+  BindSetEndpoint<NixlEpEndpoint>(m, "set_nixl_ep_endpoint");
 }
 
 }  // namespace

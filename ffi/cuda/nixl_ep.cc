@@ -11,6 +11,7 @@
 #include <thread>
 #include <type_traits>
 
+#include "cuda/host.h"
 #include "cuda/kernels.h"
 
 namespace jax_nixlep::cuda::nixl_ep {
@@ -21,23 +22,7 @@ constexpr size_t kRegionAlign = 128;
 constexpr size_t kWorkspaceBytes = 32 << 20;
 constexpr int kRanksPerHost = 8;
 
-void Check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) {
-    throw EpError(std::string("nixl_ep: ") + what + " failed: " + cudaGetErrorString(status));
-  }
-}
-
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    Check(cudaGetDevice(&before_), "cudaGetDevice");
-    Check(cudaSetDevice(device), "cudaSetDevice");
-  }
-  ~OnDevice() { cudaSetDevice(before_); }
-
- private:
-  int before_ = 0;
-};
+void Check(cudaError_t status, const char* what) { CheckCuda("nixl_ep", status, what); }
 
 constexpr size_t RoundUp(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
@@ -61,11 +46,6 @@ std::byte* TakeBlock(int device, size_t num_bytes) {
   }
   Check(cudaMemset(block, 0, num_bytes), "clearing the symmetric memory");
   return block;
-}
-
-bool PointersAllowed() {
-  const char* text = std::getenv("JAX_NIXLEP_P2P");
-  return !text || std::string(text) != "0";
 }
 
 std::string Who(int rank) { return "rank " + std::to_string(rank); }
@@ -379,7 +359,7 @@ std::string NixlEpEndpoint::FailureLocked() const {
   return "";
 }
 
-void NixlEpEndpoint::Begin(const char* op, int num_tokens) const {
+int32_t* NixlEpEndpoint::Begin(const char* op, int num_tokens, int32_t* masked, cudaStream_t stream) const {
   if (!active_) throw EpError(std::string(op) + ": the group was shut down; call initialize first");
   if (std::string failure = FailureLocked(); !failure.empty()) {
     throw EpError(std::string(op) + ": the group failed earlier: " + failure + "; shut down and initialize again");
@@ -388,6 +368,10 @@ void NixlEpEndpoint::Begin(const char* op, int num_tokens) const {
     throw EpError(std::string(op) + ": tokens must be at most max_tokens_per_rank = " +
                   std::to_string(shape().max_tokens) + "; got " + std::to_string(num_tokens));
   }
+  auto* mask = reinterpret_cast<int32_t*>(Piece(mask_at_));
+  const size_t num_bytes = peers_.size() * sizeof(int32_t);
+  Check(cudaMemcpyAsync(masked, mask, num_bytes, cudaMemcpyDeviceToDevice, stream), "reading the mask");
+  return mask;
 }
 
 void NixlEpEndpoint::End(int32_t* masked, cudaStream_t stream) {
@@ -403,10 +387,8 @@ void NixlEpEndpoint::End(int32_t* masked, cudaStream_t stream) {
 
 void NixlEpEndpoint::Dispatch(const DispatchArgs& args, cudaStream_t stream) {
   std::lock_guard lock(mutex_);
-  Begin("dispatch", args.num_tokens);
+  int32_t* mask = Begin("dispatch", args.num_tokens, args.masked, stream);
   const Shape& s = shape();
-  auto* mask = reinterpret_cast<int*>(Piece(mask_at_));
-  Check(cudaMemcpyAsync(args.masked, mask, 4 * peers_.size(), cudaMemcpyDeviceToDevice, stream), "reading the mask");
   kernels_.dispatch(args.rows, args.scales, args.source, args.ranges, args.counts, mask, nullptr,
                     reinterpret_cast<int64_t*>(Piece(waits_at_)), Piece(layout_.inbox_at(bank_)),
                     reinterpret_cast<uint64_t*>(Piece(layout_.signals_at(bank_))), Piece(layout_.outbox_at(bank_)),
@@ -420,10 +402,8 @@ void NixlEpEndpoint::Dispatch(const DispatchArgs& args, cudaStream_t stream) {
 
 void NixlEpEndpoint::Combine(const CombineArgs& args, cudaStream_t stream) {
   std::lock_guard lock(mutex_);
-  Begin("combine", args.num_tokens);
+  int32_t* mask = Begin("combine", args.num_tokens, args.masked, stream);
   const Shape& s = shape();
-  auto* mask = reinterpret_cast<int*>(Piece(mask_at_));
-  Check(cudaMemcpyAsync(args.masked, mask, 4 * peers_.size(), cudaMemcpyDeviceToDevice, stream), "reading the mask");
   kernels_.combine(args.y, Piece(layout_.inbox_at(bank_)),
                    reinterpret_cast<uint64_t*>(Piece(layout_.signals_at(bank_))), Piece(layout_.outbox_at(bank_)),
                    args.rows, args.ids, args.weights, args.source, args.ranges, mask,

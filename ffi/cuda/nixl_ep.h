@@ -141,7 +141,8 @@ class NixlEpEndpoint {
 
   // Under mutex_.
   std::string FailureLocked() const;
-  void Begin(const char* op, int num_tokens) const;
+  // Throws EpError if none can run. Reports the mask as it is before, and returns it, for the kernel.
+  int32_t* Begin(const char* op, int num_tokens, int32_t* masked, cudaStream_t stream) const;
   void End(int32_t* masked, cudaStream_t stream);
   void WriteMask();
   void ReleaseViews();

@@ -1,11 +1,11 @@
 // XLA's face of NVIDIA's NIXL-EP kernels. Not for command buffers: which bank a call uses is the host's to say, and a
 // replay would say the same again.
 #include <cuda_runtime.h>
-#include <nvtx3/nvToolsExt.h>
 
 #include <string>
 
 #include "cuda/handlers.h"
+#include "cuda/host.h"
 #include "cuda/nixl_ep.h"
 #include "registry.h"
 
@@ -24,10 +24,7 @@ using Stream = ffi::PlatformStream<cudaStream_t>;
 template <typename Function>
 ffi::Error Run(const char* name, int32_t device, cudaStream_t stream, I32 ids, I32 ranges, F32 order, int64_t hidden,
                int64_t slots, Function function) {
-  nvtxRangePushA(name);
-  struct Pop {
-    ~Pop() { nvtxRangePop(); }
-  } pop;
+  Range range(name);
   try {
     std::shared_ptr<NixlEpEndpoint> endpoint = RegistryOf<NixlEpEndpoint>::Get().Find(device);
     if (!endpoint) {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_nixlep import _ffi, _order
+from jax_nixlep._check import check_array
 from jax_nixlep._vary import vary
 from jax_nixlep.config import EpConfig
 
@@ -123,11 +124,3 @@ def low_latency_combine(
     operands = (*map(vary, (x, topk_idx, topk_weights, handle.source, handle.ranges)), _order.edge(after))
     y, masked, order = _ffi.call("nixl_ep_combine", results, *operands, slots=np.int64(slots))
     return y, handle._replace(masked=masked, order=order)
-
-
-def check_array(op: str, name: str, value: jax.Array, shape: tuple[int, ...], dtype: Any) -> None:
-    if value.shape != shape or value.dtype != dtype:
-        raise ValueError(
-            f"{op}: {name} must be {jnp.dtype(dtype).name} {list(shape)}; got {value.dtype} {list(value.shape)}; "
-            "cast or reshape it, or change EpConfig"
-        )

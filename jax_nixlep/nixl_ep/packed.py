@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jax_nixlep import _order
+from jax_nixlep._check import check_array
 from jax_nixlep._vary import vary
 from jax_nixlep.config import EpConfig
-from jax_nixlep.nixl_ep.ops import LowLatencyHandle, check_array, low_latency_combine, low_latency_dispatch
+from jax_nixlep.nixl_ep.ops import LowLatencyHandle, low_latency_combine, low_latency_dispatch
 from jax_nixlep.routing import PEER_ABSENT, PEER_OK, PEER_TIMED_OUT, PackedHandle, Received, Status
 
 
