@@ -164,10 +164,6 @@ class Timed:
         return (time.perf_counter() - start) / count
 
 
-def launches() -> int:
-    return _ffi._cuda.num_launches() if _ffi.cuda_built() and jax.default_backend() == "gpu" else 0
-
-
 def longest(kernels: list[Kernel], count: int = 8) -> dict[str, float]:
     """Microseconds of the kernels that took most, by name."""
     total: collections.Counter[str] = collections.Counter()
@@ -181,7 +177,7 @@ def compare(timed: dict[str, Timed], count: int, operations: int) -> dict[str, A
     """Times both kinds in turn, and what the kernels of "nixlep", with so many operations of ours, take of it."""
     for program in timed.values():
         jax.block_until_ready(program.run(3))
-    before, count = launches(), max(1, count // ROUNDS)
+    before, count = _ffi.num_launches(), max(1, count // ROUNDS)
     samples: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(ROUNDS):
         for name, program in timed.items():
@@ -193,7 +189,7 @@ def compare(timed: dict[str, Timed], count: int, operations: int) -> dict[str, A
         "overhead": us["nixlep"] / us["local"] - 1,
         "operations": operations,
         "difference_us_per_op": (us["nixlep"] - us["local"]) / operations,
-        "handler_calls": (launches() - before) / (count * ROUNDS),  # none where a command buffer is replayed
+        "handler_calls": (_ffi.num_launches() - before) / (count * ROUNDS),  # none where a command buffer is replayed
     }
     traced = min(count, TRACED)
     for name, program in timed.items():

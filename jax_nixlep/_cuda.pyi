@@ -62,6 +62,7 @@ class NixlEpEndpoint:
         max_tokens: int,
         top_k: int,
         hidden: int,
+        num_hosts: int,
         timeout_s: float,
         mask_late_peers: bool,
     ) -> None: ...

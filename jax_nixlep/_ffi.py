@@ -111,6 +111,11 @@ def make_nixl_ep_endpoint(device: jax.Device, **options: Any) -> Any:
     return _cuda.NixlEpEndpoint(device=device.local_hardware_id, **options)
 
 
+def num_launches() -> int:
+    """Of our handlers on this process's GPUs, captures included, replays not; 0 without CUDA."""
+    return _cuda.num_launches() if _cuda else 0
+
+
 def set_endpoint(device: jax.Device, endpoint: Endpoint | None) -> None:
     """Operations on local `device` use `endpoint` (or none)."""
     if device.platform == "cpu":  # XLA shows a custom call the global id of a CPU device, the local number of a GPU

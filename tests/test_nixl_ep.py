@@ -206,7 +206,7 @@ def test_a_library_without_the_functions_is_named(path, message):
     with pytest.raises(nx.EpError, match=message):
         _ffi._cuda.NixlEpEndpoint(
             library=path, device=0, rank=0, max_ranks=2, experts_per_rank=1, max_tokens=4, top_k=1, hidden=2048,
-            timeout_s=1.0, mask_late_peers=False,
+            num_hosts=1, timeout_s=1.0, mask_late_peers=False,
         )  # fmt: skip
 
 

@@ -1,6 +1,8 @@
 """dispatch and combine between processes, against numpy loops (`oracle`) and closed forms, on both transports."""
 
+import contextlib
 import functools
+import time
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -441,6 +443,53 @@ def test_independent_micro_batches_are_right_or_refused(pools, ordered):
                 same_bits(want[half], expected[rank])
             else:
                 assert "same order" in error or "failed" in error or "has left" in error, error
+
+
+def rank_begins_anew(job, config):
+    """Rank 1 is so late that its words to the first group come when rank 0 has begun a second one."""
+    import jax
+
+    import jax_nixlep as nx
+
+    send = jax.jit(functools.partial(nx.dispatch, config=config))
+    back = jax.jit(functools.partial(nx.combine, config=config))
+
+    def step(seed):
+        received = send(*make_input(config, job.rank, 6, seed, "distinct"))
+        return np.asarray(back(received.tokens, received.handle))
+
+    job.initialize(config, timeout_s=1)
+    step(0)
+    if job.rank == 1:
+        time.sleep(3)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        step(1)
+    failure = nx.current_group().health().failure
+    nx.shutdown()
+    job.initialize(config)
+    out = []
+    for seed in (2, 3):
+        if job.rank == 1:
+            time.sleep(0.5)  # meanwhile rank 0 sees no word but the late ones, whose numbers are what it waits for
+        out.append(step(seed))
+    return failure, out
+
+
+def check_begins_anew(pool):
+    config = make_config()
+    answers = pool.run(rank_begins_anew, config)
+    assert "rank 1 did not arrive" in answers[0][0] and answers[1][0]
+    for i, seed in enumerate((2, 3)):
+        inputs = [make_input(config, r, 6, seed, "distinct") for r in range(2)]
+        expected = oracle.dispatch(*(list(column) for column in zip(*inputs, strict=True)), config)
+        ys = oracle.combine([e.tokens for e in expected], expected, config)
+        for rank, (_, out) in enumerate(answers):
+            same_bits(out[i], ys[rank])
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_late_words_of_an_earlier_group_count_for_nothing(pools, transport):
+    check_begins_anew(pools(2, transport))
 
 
 def test_no_collective_and_no_membership_in_the_program(pools):

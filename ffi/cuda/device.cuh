@@ -177,6 +177,7 @@ struct Op {
   int flag;
   std::byte* pointer[kMaxRanks];
   Control* control[kMaxRanks];
+  uint64_t nonce[kMaxRanks];
   int tokens[kMaxRanks];
   uint8_t live[kMaxRanks];
 
@@ -228,8 +229,8 @@ __device__ inline void SetNotice(const Op& op, const Params& p, int to, T Notice
 }
 
 // What rank `from` says when it stops.
-__device__ inline uint64_t NoticeFrom(const Op& op, const Params& p, int from, Notice notice) {
-  return NoticeWord(p.control->state.peers[from].nonce, uint16_t(op.stamp >> kEpochShift), uint64_t(notice));
+__device__ inline uint64_t NoticeFrom(const Op& op, int from, Notice notice) {
+  return NoticeWord(op.nonce[from], uint16_t(op.stamp >> kEpochShift), uint64_t(notice));
 }
 
 // Ends this and all later operations of the endpoint, and tells the peers. One thread.
@@ -243,7 +244,7 @@ __device__ __noinline__ static void Fail(Op& op, const Params& p, Failure why, i
   state.report->peer = peer;
   __threadfence_system();
   StoreRelaxed(&state.report->code, uint32_t(why));
-  const uint64_t notice = NoticeFrom(op, p, op.rank, Notice::kFailed);
+  const uint64_t notice = NoticeFrom(op, op.rank, Notice::kFailed);
   for (int r = 0; r < p.g.max_ranks; ++r) {
     if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, notice);
   }
@@ -259,6 +260,7 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending) {
     if (!sending) Prefetch(&p.control->signals[0][r]), Prefetch(&p.control->signals[1][r]);
     op.pointer[r] = peer.pointer;
     op.control[r] = peer.control;
+    op.nonce[r] = peer.nonce;
     op.live[r] = (peer.member != 0) & (peer.masked == 0);
     op.tokens[r] = 0;
   }
@@ -306,7 +308,7 @@ __device__ __noinline__ static bool DecideTimeout(Op& op, const Params& p, int p
     state.counters[peer].timeouts += 1;
     StoreRelaxed(&state.report->gave_up, 1u);
     // Before anything that the peer may be reading is overwritten.
-    SetNotice(op, p, peer, &NoticeCell::given_up, op.stamp);
+    SetNotice(op, p, peer, &NoticeCell::given_up, op.nonce[op.rank] + op.stamp);
     __threadfence_system();
   }
   return timed_out;
@@ -314,14 +316,14 @@ __device__ __noinline__ static bool DecideTimeout(Op& op, const Params& p, int p
 
 // True if the peer went on without this rank: what it sent, or offers to be read, may be gone.
 __device__ inline bool GaveUp(const Op& op, const Params& p, int peer) {
-  const uint64_t stamp = LoadRelaxed(&p.control->notices[peer].given_up);
-  return stamp && stamp >> kEpochShift == op.stamp >> kEpochShift && stamp <= op.stamp;
+  const uint64_t stamp = LoadRelaxed(&p.control->notices[peer].given_up) - op.nonce[peer];
+  return stamp >> kEpochShift == op.stamp >> kEpochShift && stamp <= op.stamp;
 }
 
 // True if the peer said, in this epoch of this group, that it stopped.
 __device__ inline bool HasStopped(const Op& op, const Params& p, int peer) {
   const uint64_t notice = LoadRelaxed(&p.control->notices[peer].notice);
-  return notice == NoticeFrom(op, p, peer, Notice::kLeft) || notice == NoticeFrom(op, p, peer, Notice::kFailed);
+  return notice == NoticeFrom(op, peer, Notice::kLeft) || notice == NoticeFrom(op, peer, Notice::kFailed);
 }
 
 // True if the host ends the operation, which waits for `peer`; else says whether it knows the peer to be dead. To be
@@ -357,7 +359,8 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
     const uint64_t stamp = LoadAcquire(&signal->stamp);
     const uint64_t now = Now();
     if (!first) first = now;
-    const bool arrived = counted && stamp == op.stamp && check == Signal::Check(0, stamp, tag, tokens);
+    const bool whole = check == Signal::Check(op.nonce[r], stamp, tag, tokens);
+    const bool arrived = counted && whole && stamp == op.stamp;
     bool done = arrived;
     if (gave_up) {
       Fail(op, p, Failure::kPeerAhead, r);
@@ -373,11 +376,11 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
       } else {
         op.tokens[r] = int(tokens);
       }
-    } else if (stamp > op.stamp && stamp >> kEpochShift == op.stamp >> kEpochShift) {
+    } else if (whole && stamp > op.stamp && stamp >> kEpochShift == op.stamp >> kEpochShift) {
       Fail(op, p, Failure::kPeerAhead, r);
       done = true;
     } else if (stopped) {  // and the message was still not there when looked for once more
-      const bool left = LoadRelaxed(&p.control->notices[r].notice) == NoticeFrom(op, p, r, Notice::kLeft);
+      const bool left = LoadRelaxed(&p.control->notices[r].notice) == NoticeFrom(op, r, Notice::kLeft);
       Fail(op, p, left ? Failure::kPeerLeft : Failure::kPeerFailed, r);
       done = true;
     } else if ((dead || now >= op.deadline_ns + kGraceNs) && DecideTimeout(op, p, r, true)) {
@@ -408,8 +411,8 @@ __device__ inline void AwaitAll(Op& op, const Params& p) {
       const uint64_t tag = LoadRelaxed(&signal.tag), tokens = LoadRelaxed(&signal.num_tokens);
       const uint64_t check = LoadRelaxed(&signal.check), given_up = LoadRelaxed(&p.control->notices[r].given_up);
       const uint64_t stamp = LoadAcquire(&signal.stamp);
-      if ((stamp == op.stamp) & (check == Signal::Check(0, stamp, tag, tokens)) & (tag == p.tag) &
-          ((given_up ^ op.stamp) >> kEpochShift != 0) & (tokens <= uint64_t(p.g.max_tokens)) &
+      if ((stamp == op.stamp) & (check == Signal::Check(op.nonce[r], stamp, tag, tokens)) & (tag == p.tag) &
+          (((given_up - op.nonce[r]) ^ op.stamp) >> kEpochShift != 0) & (tokens <= uint64_t(p.g.max_tokens)) &
           (op.pointer[r] != nullptr) & (Now() < op.deadline_ns)) {
         op.tokens[r] = int(tokens);
       } else {
@@ -449,7 +452,7 @@ __device__ inline void SignalByPointer(const Op& op, const Params& p, int to, in
   Signal* signal = &op.control[to]->signals[op.bank][op.rank].signal;
   StoreRelaxed(&signal->tag, p.tag);
   StoreRelaxed(&signal->num_tokens, uint64_t(num_tokens));
-  StoreRelaxed(&signal->check, Signal::Check(0, op.stamp, p.tag, uint64_t(num_tokens)));
+  StoreRelaxed(&signal->check, Signal::Check(op.nonce[op.rank], op.stamp, p.tag, uint64_t(num_tokens)));
   StoreRelaxed(&signal->stamp, op.stamp);  // the fences of IsLast came before; `check` ties the four words together
 }
 __device__ __noinline__ static void SignalByPut(const Op& op, const Params& p, int to, int num_tokens) {
@@ -457,7 +460,7 @@ __device__ __noinline__ static void SignalByPut(const Op& op, const Params& p, i
   if (threadIdx.x % kWarp == 0) {  // several warps may write the same words
     StoreRelaxed(&own->signal.tag, p.tag);
     StoreRelaxed(&own->signal.num_tokens, uint64_t(num_tokens));
-    StoreRelaxed(&own->signal.check, Signal::Check(0, op.stamp, p.tag, uint64_t(num_tokens)));
+    StoreRelaxed(&own->signal.check, Signal::Check(op.nonce[op.rank], op.stamp, p.tag, uint64_t(num_tokens)));
     StoreRelaxed(&own->signal.stamp, op.stamp);
   }
   __threadfence_system();
@@ -486,7 +489,9 @@ __device__ __noinline__ static void AwaitBankSlow(Op& op, const Params& p) {
   for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
     if (!op.live[r]) continue;
     const NoticeCell& cell = p.control->notices[r];
-    while (LoadAcquire(&cell.finished) < op.stamp - kBanks) {
+    // A peer cannot have finished more than this rank has started; words of others are anything.
+    const uint64_t least = op.nonce[r] + op.stamp - kBanks;
+    while (LoadAcquire(&cell.finished) - least >= kBanks) {
       bool dead = false;
       if (StoppedByHost(op, p, r, dead)) break;
       if (dead || HasStopped(op, p, r) || Now() > deadline) {
@@ -542,11 +547,11 @@ __device__ inline bool EndReceive(Op& op, const Params& p, bool pulled) {
   }
   if (op.overlaps && IsLast(op, &p.control->state.tails, gridDim.x)) {
     for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-      if (r == op.rank) StoreRelease(&p.control->notices[r].finished, op.stamp);
+      if (r == op.rank) StoreRelease(&p.control->notices[r].finished, op.nonce[r] + op.stamp);
     }
     __syncthreads();
     for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-      if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::finished, op.stamp);
+      if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::finished, op.nonce[op.rank] + op.stamp);
     }
   }
   return true;

@@ -328,7 +328,7 @@ void CudaEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
   std::lock_guard lock(mutex_);
   if (closed_) throw EpError("endpoint: it is closed; it cannot begin an epoch");
   // Who is out, and perhaps does not know it, may still be reading what this rank is about to overwrite.
-  host_->given_up = uint64_t(epoch_) << kEpochShift | 1;
+  host_->given_up = nonce_ + (uint64_t(epoch_) << kEpochShift | 1);
   for (int r = 0; r < R; ++r) {
     if (!members_[size_t(r)] || r == rank() || std::find(members.begin(), members.end(), r) != members.end()) continue;
     auto* control = reinterpret_cast<Control*>(views_->pointers[size_t(ControlRow(r, R))]);

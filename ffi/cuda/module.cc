@@ -30,10 +30,10 @@ std::shared_ptr<CudaEndpoint> MakeEndpoint(int device, int rank, int max_ranks, 
 
 std::shared_ptr<NixlEpEndpoint> MakeNixlEpEndpoint(const std::string& library, int device, int rank, int max_ranks,
                                                    int experts_per_rank, int max_tokens, int top_k, int hidden,
-                                                   double timeout_s, bool mask_late_peers) {
+                                                   int num_hosts, double timeout_s, bool mask_late_peers) {
   const cuda::nixl_ep::Shape shape{max_ranks, experts_per_rank, max_tokens, top_k, hidden};
-  return std::make_shared<NixlEpEndpoint>(NixlEpEndpoint::Options{rank, shape, timeout_s, mask_late_peers}, device,
-                                          library);
+  return std::make_shared<NixlEpEndpoint>(NixlEpEndpoint::Options{rank, shape, num_hosts, timeout_s, mask_late_peers},
+                                          device, library);
 }
 
 void BindNixlEp(py::module_& m) {
@@ -42,7 +42,7 @@ void BindNixlEp(py::module_& m) {
   endpoint
       .def(py::init(&MakeNixlEpEndpoint), py::kw_only(), py::arg("library"), py::arg("device"), py::arg("rank"),
            py::arg("max_ranks"), py::arg("experts_per_rank"), py::arg("max_tokens"), py::arg("top_k"),
-           py::arg("hidden"), py::arg("timeout_s"), py::arg("mask_late_peers"), Unlocked())
+           py::arg("hidden"), py::arg("num_hosts"), py::arg("timeout_s"), py::arg("mask_late_peers"), Unlocked())
       .def("address", &Address<NixlEpEndpoint>)
       .def(
           "map_peer", [](NixlEpEndpoint&, int, int, int, uint64_t) { return false; }, py::arg("peer"), py::arg("pid"),

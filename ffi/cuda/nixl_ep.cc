@@ -20,7 +20,6 @@ namespace {
 constexpr int kSendAndReceive = 3;
 constexpr size_t kRegionAlign = 128;
 constexpr size_t kWorkspaceBytes = 32 << 20;
-constexpr int kRanksPerHost = 8;
 
 void Check(cudaError_t status, const char* what) { CheckCuda("nixl_ep", status, what); }
 
@@ -127,7 +126,7 @@ NixlEpEndpoint::NixlEpEndpoint(const Options& options, int device, const std::st
   context_.region = memory_;
   context_.pointers = reinterpret_cast<std::byte**>(Piece(pointers_at_));
   context_.max_ranks = shape().max_ranks;
-  context_.num_hosts = std::max(1, shape().max_ranks / kRanksPerHost);
+  context_.num_hosts = options_.num_hosts;
   context_.rank = options_.rank;
   Peer& self = peers_.at(size_t(options_.rank));
   self.info = {reinterpret_cast<uint64_t>(memory_), reinterpret_cast<uint64_t>(context_.barrier_counters), 0, device_,

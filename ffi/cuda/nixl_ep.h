@@ -75,6 +75,7 @@ class NixlEpEndpoint {
   struct Options {
     int rank = 0;
     Shape shape;
+    int num_hosts = 1;  // as upstream counts them
     double timeout_s = 60;
     bool mask_late_peers = false;
   };

@@ -21,9 +21,10 @@ struct SignalCell {
 };
 static_assert(sizeof(SignalCell) == kAlign);
 
-// One peer's cell of notices.
+// One peer's cell of notices. Every word has the peer's nonce added: a late one of an earlier group is told from those
+// of this group, whose epochs have the same numbers.
 struct alignas(kAlign) NoticeCell {
-  uint64_t notice;    // why the peer stopped: NoticeWord, with the peer's nonce
+  uint64_t notice;    // why the peer stopped: NoticeWord
   uint64_t finished;  // stamp of the last split operation that the peer has finished reading
   uint64_t given_up;  // stamp of the operation in which the peer went on without this rank
 };
@@ -95,7 +96,7 @@ struct PeerEntry {
   uint32_t member;
   uint32_t unused;
   uint64_t decision;  // of blocks that disagree about a late arrival: stamp, with kTimedOutBit
-  uint64_t nonce;     // of the peer's endpoint; its goodbye to an earlier group may come after this one has begun
+  uint64_t nonce;     // of the peer's endpoint: what it signals to an earlier group may come after this one has begun
 };
 
 struct PeerCounters {

@@ -7,7 +7,7 @@
 namespace jax_nixlep {
 
 // Raised whenever the meaning of a byte in the region changes: members with different versions refuse each other.
-inline constexpr uint32_t kWireVersion = 3;
+inline constexpr uint32_t kWireVersion = 4;
 inline constexpr int kBanks = 2;        // a rank may be one operation ahead of its slowest peer, never two
 inline constexpr int kEpochShift = 48;  // a stamp is epoch << kEpochShift | number of the operation in it
 inline constexpr int kQuantBlock = 128;

@@ -13,6 +13,7 @@ from jax_nixlep._check import check_array
 from jax_nixlep._vary import vary
 from jax_nixlep.config import EpConfig
 from jax_nixlep.nixl_ep.ops import LowLatencyHandle, low_latency_combine, low_latency_dispatch
+from jax_nixlep.quant import dequantize as dequantized
 from jax_nixlep.routing import PEER_ABSENT, PEER_OK, PEER_TIMED_OUT, PackedHandle, Received, Status
 
 
@@ -135,10 +136,10 @@ def pack(config: EpConfig, dequantize: bool, num_rows: int, rows, scales, source
         if config.scale_format == "ue8m0":  # four exponents in each int32
             scales = lax.bitcast_convert_type(scales, jnp.uint8).reshape(num_rows, -1)
         scales = jnp.where(filled, scales, jnp.zeros((), scales.dtype))
-        if dequantize:
-            values, scales = _dequantize(values, scales).astype(config.dtype), None
-        elif config.scale_format == "ue8m0":
+        if config.scale_format == "ue8m0":
             scales = lax.bitcast_convert_type(scales, jnp.float8_e8m0fnu)
+        if dequantize:
+            values, scales = dequantized(values, scales, config.dtype), None
     values = jnp.where(filled, values, jnp.zeros((), values.dtype))
     return values, scales, lax.rem(place_of, jnp.int32(tokens)), packed_ranges
 
@@ -160,13 +161,6 @@ def _repeats(ids: jax.Array) -> jax.Array:
     """[t, K]: which ids stand earlier in their token."""
     earlier = jnp.tril(jnp.ones((ids.shape[1], ids.shape[1]), bool), -1)
     return ((ids[:, :, None] == ids[:, None, :]) & earlier).any(axis=-1)
-
-
-def _dequantize(values: jax.Array, scales: jax.Array) -> jax.Array:
-    if scales.dtype == jnp.uint8:  # exponents
-        scales = lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
-    wide = values.astype(jnp.float32).reshape(*scales.shape, -1) * scales[..., None]
-    return wide.reshape(values.shape)
 
 
 def _poison(values: jax.Array, masked: jax.Array, fatal: jax.Array) -> jax.Array:

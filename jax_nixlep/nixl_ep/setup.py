@@ -14,7 +14,7 @@ import numpy as np
 from jax_nixlep import _ffi, _nixl
 from jax_nixlep._ffi import EpError, NixlError
 from jax_nixlep.config import EpConfig
-from jax_nixlep.nixl_ep.library import check_config, find_library, read_limits
+from jax_nixlep.nixl_ep.library import RANKS_PER_HOST, check_config, find_library, read_limits
 from jax_nixlep.nixl_ep.packed import combine, dispatch
 from jax_nixlep.routing import PackedHandle
 
@@ -44,6 +44,7 @@ def make_endpoint(device: jax.Device, rank: int, config: EpConfig, timeout_s: fl
             max_tokens=config.max_tokens_per_rank,
             top_k=config.top_k,
             hidden=config.hidden,
+            num_hosts=max(1, config.max_ranks // RANKS_PER_HOST),
             timeout_s=timeout_s,
             mask_late_peers=mask_late_peers,
         )

@@ -22,7 +22,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 import jax_nixlep as nx  # noqa: E402
-from jax_nixlep import _cuda  # noqa: E402
+from jax_nixlep import _ffi  # noqa: E402
 from jax_nixlep.bench_kernels import kernels_of, usage  # noqa: E402
 
 config = nx.EpConfig(max_ranks=1, experts_per_rank=8, max_tokens_per_rank=16, hidden=2048, top_k=4, recv_capacity=64)
@@ -47,10 +47,10 @@ def run(repeats):
 
 
 run(5)
-before, start = _cuda.num_launches(), time.perf_counter()
+before, start = _ffi.num_launches(), time.perf_counter()
 run(REPEATS)
 us = (time.perf_counter() - start) / REPEATS / LAYERS / 2 * 1e6
-launches = (_cuda.num_launches() - before) / REPEATS
+launches = (_ffi.num_launches() - before) / REPEATS
 kernels = kernels_of(lambda: run(TRACED))
 used, operations = usage(kernels), TRACED * LAYERS * 2
 print(

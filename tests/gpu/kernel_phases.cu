@@ -154,7 +154,7 @@ int main(int argc, char** argv) {
     state.timeout_ns = 60'000'000'000;
     state.geometry = geometry;
     state.started = state.current = state.finished = uint64_t(1) << kEpochShift;
-    for (int p = 0; p < R; ++p) state.peers[p] = {ranks[p].region, ranks[p].control, 0, 1, 0, 0};
+    for (int p = 0; p < R; ++p) state.peers[p] = {ranks[p].region, ranks[p].control, 0, 1, 0, 0, uint64_t(p) + 7};
     CHECK(cudaMemcpy(&k.control->state, &state, sizeof(state), cudaMemcpyHostToDevice));
     std::vector<uint16_t> x(size_t(T) * H), out(size_t(C) * H);
     for (auto& v : x) v = uint16_t(0x3F80 | (random() & 0x807F));

@@ -18,14 +18,14 @@ PLAN = Path(__file__).parents[1] / "plans" / "expansion_fault_contraction.json"
 def rank_replays(job, plan, first):
     """As rank_resizes; returns the epochs with a step that called no handler: a replay of what was captured before."""
     import jax_nixlep as nx
-    from jax_nixlep import _cuda
+    from jax_nixlep import _ffi
 
     program, replayed = test_elastic.program, set()
 
     def watched(*args):
-        before = _cuda.num_launches()
+        before = _ffi.num_launches()
         y = program(*args)
-        if _cuda.num_launches() == before:
+        if _ffi.num_launches() == before:
             replayed.add(nx.current_group().epoch)
         return y
 

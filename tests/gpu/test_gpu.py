@@ -125,14 +125,14 @@ def rank_replay(job, config, repeats):
         again = nx.dispatch(y, ids, weights, config=config, after=y)  # odd: three operations
         return y, again.tokens
 
-    from jax_nixlep import _cuda
+    from jax_nixlep import _ffi
 
     out, launches = [], []
     for i in range(repeats):
-        before = _cuda.num_launches()
+        before = _ffi.num_launches()
         y, rows = chain(x * (i + 1))
         out.append((np.asarray(y), np.asarray(rows)))
-        launches.append(_cuda.num_launches() - before)
+        launches.append(_ffi.num_launches() - before)
     return out, launches, nx.current_group().health().operations
 
 
@@ -373,6 +373,11 @@ def rank_leaves(job, config):
 def test_a_peer_that_leaves_ends_the_wait(gpu_pools):
     took, failure = gpu_pools(2).run(rank_leaves, make_config())[0]
     assert took < 15 and "rank 1 has left" in failure
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_late_words_of_an_earlier_group_count_for_nothing(gpu_pools, transport):
+    test_ops.check_begins_anew(gpu_pools(2, transport))
 
 
 def test_symmetric_memory(gpu_pools):
