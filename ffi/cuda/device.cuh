@@ -491,13 +491,12 @@ __device__ __noinline__ static void AwaitBankSlow(Op& op, const Params& p) {
     const NoticeCell& cell = p.control->notices[r];
     // A peer cannot have finished more than this rank has started; words of others are anything.
     const uint64_t least = op.nonce[r] + op.stamp - kBanks;
-    while (LoadAcquire(&cell.finished) - least >= kBanks) {
+    for (bool over = false;;) {  // `over` is from before the word was read: it may have been the peer's last
+      if (LoadAcquire(&cell.finished) - least < kBanks) break;
+      if (over) Fail(op, p, Failure::kNotFinished, r);
       bool dead = false;
-      if (StoppedByHost(op, p, r, dead)) break;
-      if (dead || HasStopped(op, p, r) || Now() > deadline) {
-        Fail(op, p, Failure::kNotFinished, r);
-        break;
-      }
+      if (over || StoppedByHost(op, p, r, dead)) break;
+      over = dead || HasStopped(op, p, r) || Now() > deadline;
     }
   }
   __syncthreads();

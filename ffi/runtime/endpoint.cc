@@ -325,7 +325,8 @@ void Operation::Publish(int to, size_t first_bytes, size_t second_bytes, size_t 
     endpoint_.Ring(peer.memory->data());
     return;
   }
-  CheckNotice(to);  // before anything is written to memory that may no longer be there
+  // Before anything is written to memory that may no longer be there.
+  if (const auto notice = endpoint_.NoticeOf(to)) ThrowStopped(to, *notice);
   Message message = outgoing(to);
   uint64_t remote = peer.remote_base + endpoint_.layout_.inbox(bank_, rank());
   std::vector<NixlAgent::Piece> pieces;
@@ -394,11 +395,14 @@ void Operation::GiveUp(int peer, const std::string& why) {
 }
 
 void Operation::GiveUp(int peer, const NixlError& error) {
-  CheckNotice(peer);  // a rank that said goodbye cannot be written to any more
+  // A rank that said goodbye cannot be written to any more.
+  if (const auto notice = endpoint_.NoticeOf(peer)) ThrowStopped(peer, *notice);
   GiveUp(peer, std::string("cannot be reached: ") + error.what());
 }
 
 bool Operation::Arrived(int from) {
+  // Looked at before the signal: a rank that stops has sent what it had to send before it says so.
+  const std::optional<Notice> notice = endpoint_.NoticeOf(from);
   Signal& theirs = endpoint_.signal(endpoint_.base(), bank_, from);
   const uint64_t stamp = Atomic(theirs.stamp).load(std::memory_order_acquire);
   const std::string who = "rank " + std::to_string(from);
@@ -422,15 +426,13 @@ bool Operation::Arrived(int from) {
   if (whole && stamp > stamp_ && (stamp >> kEpochShift) == (stamp_ >> kEpochShift)) {
     throw EpError(Describe() + ": " + who + " went on without this rank, which was too late");
   }
-  CheckNotice(from);
+  if (notice) ThrowStopped(from, *notice);
   return false;
 }
 
-void Operation::CheckNotice(int from) const {
-  const std::optional<Notice> notice = endpoint_.NoticeOf(from);
-  const std::string who = Describe() + ": rank " + std::to_string(from);
-  if (notice == Notice::kLeft) throw EpError(who + " has left the group");
-  if (notice == Notice::kFailed) throw EpError(who + " failed; see its error");
+void Operation::ThrowStopped(int peer, Notice notice) const {
+  throw EpError(Describe() + ": rank " + std::to_string(peer) +
+                (notice == Notice::kLeft ? " has left the group" : " failed; see its error"));
 }
 
 PeerState Operation::Wait(int from) {

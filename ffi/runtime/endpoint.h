@@ -184,7 +184,7 @@ class Operation {
 
   std::string Describe() const;  // "combine #4 (operation 17 of epoch 1)"
   bool Arrived(int from);        // throws on a signal or notice that ends the operation
-  void CheckNotice(int from) const;
+  [[noreturn]] void ThrowStopped(int peer, Notice notice) const;
   // Goes on without a peer, or ends the operation: as the group was told to.
   void GiveUp(int peer, const std::string& why);
   // The same for one that NIXL fails to reach.

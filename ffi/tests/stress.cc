@@ -1,5 +1,6 @@
 // Ranks as threads of one process, for the sanitizers: many operations with random routing, checked value by value,
-// then a rank that leaves, a rank that is late, and ranks that disagree. Exits with 1 and says what was wrong.
+// groups that part when they are done, then a rank that leaves, a rank that is late, and ranks that disagree. Exits with
+// 1 and says what was wrong.
 #include <unistd.h>
 
 #include <algorithm>
@@ -183,6 +184,24 @@ void LinksChange(int steps) {
   watcher.join();
 }
 
+// Whoever is done with the last operation leaves; the others, who may not have looked yet, must still see that it did.
+void EachLeavesWhenDone(int groups) {
+  for (int i = 0; i < groups; ++i) {
+    auto group = MakeGroup(60);
+    OnEachRank([&](int r) {
+      std::mt19937 random(r);
+      Rank rank;
+      rank.Fill(random);
+      std::string error = ErrorOf([&] {
+        rank.Dispatch(*group[r], Wire::kSame, 1);
+        rank.Combine(*group[r], 2);
+      });
+      group[r]->Close();
+      Require(error.empty(), "an operation that all took part in failed: " + error);
+    });
+  }
+}
+
 void OneLeaves() {
   auto group = MakeGroup(60);
   OnEachRank([&](int r) {
@@ -236,6 +255,7 @@ int main(int argc, char** argv) {
   const int steps = argc > 1 ? std::atoi(argv[1]) : 500;
   ManyOperations(steps);
   LinksChange(steps / 4);
+  EachLeavesWhenDone(steps / 4);
   OneLeaves();
   OneIsLate();
   TheyDisagree();
