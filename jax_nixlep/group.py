@@ -436,6 +436,12 @@ def initialize(
         else:
             places, ranks, url, secret = _member_places(rank, members, store, secret, elastic, join)
         _check_ranks(config, ranks, [place[2] for place in places])
+        if kernels == "nixl_ep" and len({team for _, team, _ in places}) < len(places):
+            raise ValueError(
+                f'initialize: mesh must have one device of each process along {axis!r} with kernels="nixl_ep", since '
+                f"UCX does not connect GPUs of one process; got {len(places)} here; start a process for each GPU, or use "
+                'kernels="native"'
+            )
 
         def make_endpoint(device: jax.Device, rank: int) -> _ffi.Endpoint:
             if kernels == "nixl_ep":

@@ -92,12 +92,22 @@ def rank_env(environ: Mapping[str, str] | None = None) -> RankEnv | None:
 def gpu_env(rank: int, num_ranks: int, gpus: int, environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """What the environment of `rank` must have so that `num_ranks` ranks use the first `gpus` GPUs of this machine.
 
-    Rank r uses GPU r % gpus. Ranks that share one take memory as they need it, instead of three quarters each, and load
-    kernels when they start: one that is loaded late waits for a kernel of its own process that waits for a peer. What
-    the user's environment says about these two stays.
+    Rank r uses GPU r % gpus, of those that CUDA_VISIBLE_DEVICES names if it is set. Ranks that share one take memory as
+    they need it, instead of three quarters each, and load kernels when they start: one that is loaded late waits for a
+    kernel of its own process that waits for a peer. What the user's environment says about these two stays.
+
+    Raises:
+      ValueError: CUDA_VISIBLE_DEVICES names fewer GPUs.
     """
     environ = os.environ if environ is None else environ
-    env = {"JAX_PLATFORMS": "cuda", "JAX_CUDA_VISIBLE_DEVICES": str(rank % gpus)}
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    devices = list(map(str, range(gpus))) if visible is None else visible.split(",")
+    if len(devices) < gpus:
+        raise ValueError(
+            f"gpu_env: gpus must be at most the {len(devices)} of CUDA_VISIBLE_DEVICES={visible}; got {gpus}; "
+            "name more there"
+        )
+    env = {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": devices[rank % gpus]}
     if num_ranks > gpus:
         shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "CUDA_MODULE_LOADING": "EAGER"}
         env |= {name: environ.get(name, value) for name, value in shared.items()}

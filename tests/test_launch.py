@@ -295,7 +295,7 @@ def test_run_from_a_program(script: Callable[[str], str], capfd: pytest.CaptureF
 
 def test_ranks_share_gpus(script: Callable[[str], str]) -> None:
     path = script("""
-        names = ("JAX_PLATFORMS", "JAX_CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_PREALLOCATE", "CUDA_MODULE_LOADING")
+        names = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_PREALLOCATE", "CUDA_MODULE_LOADING")
         print(*map(os.environ.get, names))
     """)
     done = launched("-n", "3", "--gpus", "2", path)
@@ -303,7 +303,11 @@ def test_ranks_share_gpus(script: Callable[[str], str]) -> None:
     done = launched("-n", "2", "--gpus", "4", path)
     assert sorted(done.stdout.splitlines()) == [f"[{r}] cuda {r} None None" for r in range(2)], done.stderr
     mine = launch.gpu_env(1, 2, 1, {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"})
-    assert mine["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true" and mine["JAX_CUDA_VISIBLE_DEVICES"] == "0"
+    assert mine["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true" and mine["CUDA_VISIBLE_DEVICES"] == "0"
+    visible = {"CUDA_VISIBLE_DEVICES": "5,2"}
+    assert [launch.gpu_env(r, 2, 2, visible)["CUDA_VISIBLE_DEVICES"] for r in range(2)] == ["5", "2"]
+    with pytest.raises(ValueError, match="gpus must be at most the 2 of CUDA_VISIBLE_DEVICES=5,2; got 3; name more"):
+        launch.gpu_env(0, 3, 3, visible)
 
 
 def test_bad_arguments() -> None:

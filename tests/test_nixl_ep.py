@@ -186,6 +186,8 @@ def test_initialize_refuses_other_names_and_cpus(monkeypatch, tmp_path):
         nx.initialize(config, rank=0, members=[0, 1], store=object())
     with pytest.raises(ValueError, match=r'elastic must be False with kernels="nixl_ep"'):
         nx.initialize(config, rank=0, members=[0], store="tcp://127.0.0.1:1", kernels="nixl_ep", elastic=True)
+    with pytest.raises(ValueError, match=r"mesh must have one device of each process along 'ep' .*; got 2 here; start"):
+        nx.initialize(config, mesh=jax.make_mesh((2,), ("ep",), devices=jax.devices()[:2]), kernels="nixl_ep")
     if jax.default_backend() == "cpu":
         with pytest.raises(RuntimeError, match=r'kernels="nixl_ep" must be on an NVIDIA GPU.*got cpu'):
             nx.initialize(config, rank=0, members=[0], kernels="nixl_ep")

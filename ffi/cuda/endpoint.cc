@@ -1,6 +1,7 @@
 #include "cuda/endpoint.h"
 
 #include <sys/random.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -38,7 +39,9 @@ struct DeviceMemory {
   Control* control = nullptr;
   HostBlock* host = nullptr;
   std::multimap<size_t, std::byte*> free_regions;
-  bool in_use = false;
+  // Of the endpoint that has it; 0: none.
+  uint64_t nonce = 0;
+  std::byte* region = nullptr;
 };
 
 std::mutex memory_mutex;
@@ -98,7 +101,7 @@ CudaEndpoint::CudaEndpoint(const EndpointOptions& options, int device)
 
   std::lock_guard lock(memory_mutex);
   DeviceMemory& memory = Memories()[device_];
-  if (memory.in_use) {
+  if (memory.nonce) {
     throw EpError("endpoint: GPU " + std::to_string(device_) +
                   " must belong to one group of this process; got a second; shut the first one down");
   }
@@ -112,7 +115,7 @@ CudaEndpoint::CudaEndpoint(const EndpointOptions& options, int device)
   std::memset(static_cast<void*>(host_), 0, sizeof(*host_));
   Check(cudaMemset(control_, 0, sizeof(Control)), "clearing the control block");
   Check(cudaDeviceSynchronize(), "clearing the symmetric memory");
-  memory.in_use = true;
+  memory.nonce = nonce_, memory.region = region_;
 }
 
 CudaEndpoint::~CudaEndpoint() {
@@ -129,10 +132,30 @@ bool CudaEndpoint::MapPeer(int peer, int pid, int fd, uint64_t nonce) {
       std::lock_guard lock(mutex_);
       pages_.at(size_t(peer)) = std::move(page);
       if (!closed_ && !watch_.joinable()) watch_ = std::jthread([this](std::stop_token stop) { Watch(stop); });
+      std::lock_guard memory_lock(memory_mutex);
+      for (const auto& [device, memory] : Memories()) {
+        if (pid != getpid() || memory.nonce != nonce || !ReachesDevice(device)) continue;
+        links_[size_t(peer)] = std::shared_ptr<Link>(new Link{.nixl = nullptr,
+                                                              .agent = "",
+                                                              .nonce = nonce,
+                                                              .base = reinterpret_cast<uint64_t>(memory.region),
+                                                              .control = reinterpret_cast<uint64_t>(memory.control),
+                                                              .device = device});
+        return true;
+      }
     }
   } catch (const std::runtime_error&) {  // another machine or container: its ids mean something else here
   }
   return false;
+}
+
+bool CudaEndpoint::ReachesDevice(int device) const {
+  OnDevice current(device_);
+  int can = 0;
+  if (cudaDeviceCanAccessPeer(&can, device_, device) != cudaSuccess || !can) return false;
+  const cudaError_t status = cudaDeviceEnablePeerAccess(device, 0);
+  if (status == cudaErrorPeerAccessAlreadyEnabled) cudaGetLastError();  // or the next check finds it
+  return status == cudaSuccess || status == cudaErrorPeerAccessAlreadyEnabled;
 }
 
 bool CudaEndpoint::PeerAlive(int peer) const {
@@ -241,17 +264,26 @@ std::shared_ptr<CudaEndpoint::Views> CudaEndpoint::MakeViews(Links links) {
   const int R = capacity().max_ranks;
   std::vector<NixlAgent::ViewRow> rows(size_t(2 * R));
   std::fill_n(host_->wanted, 2 * R, 0);
+  auto views = std::make_shared<Views>();
+  views->pointers.resize(rows.size());
+  bool any = false;
   for (int r = 0; r < R; ++r) {
     const Link* link = links[size_t(r)].get();
     if (!link) continue;
     const int region = RegionRow(r), control = ControlRow(r, R);
+    if (!link->nixl) {
+      views->pointers[size_t(region)] = reinterpret_cast<std::byte*>(link->base);
+      views->pointers[size_t(control)] = reinterpret_cast<std::byte*>(link->control);
+      continue;
+    }
+    any = true;
     rows[size_t(region)] = {link->base, num_bytes(), link->device, link->agent};
     rows[size_t(control)] = {link->control, sizeof(Control), link->device, link->agent};
     host_->wanted[region] = host_->wanted[control] = PointersAllowed();
   }
-  auto views = std::make_shared<Views>();
   views->links = std::move(links);
   views->nixl = nixl_.get();
+  if (!any) return views;
   std::promise<void*> made;
   std::future<void*> remote = made.get_future();
   std::thread([rows = std::move(rows), made = std::move(made), nixl = nixl_.get(), device = device_]() mutable {
@@ -271,10 +303,11 @@ std::shared_ptr<CudaEndpoint::Views> CudaEndpoint::MakeViews(Links links) {
   Check(FindPointers(views->remote, 2 * R, host_->wanted, host_->pointers, background_),
         "looking for pointers to the peers");
   Check(cudaStreamSynchronize(background_), "looking for pointers to the peers");
-  views->pointers.assign(host_->pointers, host_->pointers + 2 * R);
-  for (int r = 0; r < R; ++r) {  // both or none
-    auto &region = views->pointers[size_t(RegionRow(r))], &control = views->pointers[size_t(ControlRow(r, R))];
-    if (!region || !control) region = control = nullptr;
+  for (int r = 0; r < R; ++r) {
+    std::byte *region = host_->pointers[RegionRow(r)], *control = host_->pointers[ControlRow(r, R)];
+    if (!region || !control) continue;  // both or none
+    views->pointers[size_t(RegionRow(r))] = region;
+    views->pointers[size_t(ControlRow(r, R))] = control;
   }
   return views;
 }
@@ -447,7 +480,7 @@ void CudaEndpoint::Close() {
   std::lock_guard memory_lock(memory_mutex);
   DeviceMemory& memory = Memories()[device_];
   memory.free_regions.emplace(num_bytes(), region_);
-  memory.in_use = false;
+  memory.nonce = 0;
 }
 
 template <typename T>

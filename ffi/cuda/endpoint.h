@@ -37,7 +37,8 @@ class CudaEndpoint {
   size_t num_bytes() const { return layout_.num_bytes(); }
 
   // --- Connecting, as runtime/endpoint.h, by one thread at a time, at any time: kernels see it after Activate. ---
-  // Remembers how the death of a peer of this machine will show. False: peers are reached through NIXL, also those.
+  // Remembers how the death of a peer of this machine will show. True for one of this process, which is connected then:
+  // UCX has no lane between two GPUs of one process. False: it is to be reached through NIXL.
   bool MapPeer(int peer, int pid, int fd, uint64_t nonce);
   std::string OpenNixl(const std::string& library, const std::string& name);
   void ConnectNixl(int peer, const std::string& metadata, uint64_t remote_base, uint64_t nonce);
@@ -69,13 +70,17 @@ class CudaEndpoint {
   Launch MakeLaunch(uint64_t tag, const RowFormat& format, int num_tokens, cudaStream_t stream) const;
 
  private:
+  bool ReachesDevice(int device) const;
+
   // A connection; ends with its last user.
   struct Link {
-    NixlAgent* nixl;
+    NixlAgent* nixl;  // null: a peer of this process
     std::string agent;
     uint64_t nonce, base, control;
     int device;
-    ~Link() { nixl->Disconnect(agent); }
+    ~Link() {
+      if (nixl) nixl->Disconnect(agent);
+    }
   };
   using Links = std::vector<std::shared_ptr<Link>>;  // by rank; null: not connected
 

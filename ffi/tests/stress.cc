@@ -1,6 +1,6 @@
 // Ranks as threads of one process, for the sanitizers: many operations with random routing, checked value by value,
-// groups that part when they are done, then a rank that leaves, a rank that is late, and ranks that disagree. Exits with
-// 1 and says what was wrong.
+// groups that part when they are done, then a rank that leaves, a rank that is late, and ranks that disagree. Exits
+// with 1 and says what was wrong.
 #include <unistd.h>
 
 #include <algorithm>

@@ -24,7 +24,7 @@ def run_rank(rank, ranks, url, barrier, args, results):
         "CUDA_MODULE_LOADING": "EAGER",
         "XLA_FLAGS": "--xla_gpu_enable_command_buffer=",
         "UCX_LOG_LEVEL": "error",
-        "JAX_CUDA_VISIBLE_DEVICES": str(rank % int(os.environ.get("JAX_NIXLEP_TEST_GPUS") or 1)),
+        "CUDA_VISIBLE_DEVICES": str(rank % int(os.environ.get("JAX_NIXLEP_TEST_GPUS") or 1)),
     }
     import jax
     import jax.numpy as jnp
