@@ -439,8 +439,8 @@ def initialize(
         if kernels == "nixl_ep" and len({team for _, team, _ in places}) < len(places):
             raise ValueError(
                 f'initialize: mesh must have one device of each process along {axis!r} with kernels="nixl_ep", since '
-                f"UCX does not connect GPUs of one process; got {len(places)} here; start a process for each GPU, or use "
-                'kernels="native"'
+                f"UCX does not connect GPUs of one process; got {len(places)} here; start a process for each GPU, or "
+                'use kernels="native"'
             )
 
         def make_endpoint(device: jax.Device, rank: int) -> _ffi.Endpoint:

@@ -193,7 +193,8 @@ struct Op {
   }
 };
 
-// Lines that will be read: into L2, where they are at home, hence always fresh.
+// A line that will be read: into L2, where it is at home, hence always fresh. Never of a peer's memory: each such line
+// takes 20 ns of NVLink, one after the other.
 __device__ inline void Prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Writes to row `to` of the peers' regions, from this rank's.

@@ -392,15 +392,6 @@ __global__ void __launch_bounds__(kMoveThreads)
 
 // --- Receiving tokens ---
 
-// What one warp will read of a token. One warp.
-__device__ void PrefetchSegment(const Op& op, const Params& p, int unit, int segments) {
-  const int lane = threadIdx.x % kWarp, bytes = kWarp * kUnroll * 16;
-  const int token_index = p.segments.Quotient(unit), at = (unit - token_index * segments) * bytes + lane * 128;
-  const int r = p.tokens.Quotient(token_index), t = token_index - r * p.g.max_tokens;
-  if (!op.live[r] || lane * 128 >= bytes || at >= p.value_bytes) return;
-  Prefetch(TokensOf(op, p, r) + p.g.rows + uint64_t(t) * p.g.row_bytes + at);
-}
-
 // Small tables of both banks, before the state says which. Spread over the first blocks.
 __device__ void PrefetchTables(const Params& p, int ranks, int num_bytes, bool second) {
   const int lines = (num_bytes + 127) / 128, all = kBanks * ranks * lines;
@@ -425,9 +416,6 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
   PrefetchTables(p, R, T * K * int(sizeof(int32_t)), a.weighted);
   Begin(op, p, /*sending=*/false);
   for (int r = threadIdx.x; r < R; r += blockDim.x) taken[r] = 0;
-  if (!op.bad) {  // the first row, while the signals are looked at
-    if (first_unit < num_units) PrefetchSegment(op, p, first_unit, segments);
-  }
   AwaitAll(op, p);
   auto poison = [&] {
     Fill(a.rows, a.num_rows * p.row_bytes, 0xFFFFFFFFu);
@@ -463,7 +451,6 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
   for (int unit = first_unit; unit < num_units; unit += step) {
     const int token_index = p.segments.Quotient(unit), segment = unit - token_index * segments;
     const int r = p.tokens.Quotient(token_index), t = token_index - r * T;
-    if (unit + step < num_units) PrefetchSegment(op, p, unit + step, segments);
     if (t >= op.tokens[r]) continue;
     const std::byte* token = TokensOf(op, p, r) + p.g.rows + uint64_t(t) * p.g.row_bytes;
     const int chunk = r * plan.cpr + t / kWarp, bit = t % kWarp;

@@ -1,5 +1,5 @@
-// The kernels alone, all ranks in one process on one GPU: microseconds of each phase, with the L2 cache evicted before.
-// For tuning: what tests/gpu/phases.py measures through JAX and NIXL, without either.
+// The kernels alone, all ranks in one process: microseconds of each phase, with the L2 cache evicted before. Rank r is
+// on GPU r % GPUS (environment; 1). For tuning: what tests/gpu/phases.py measures through JAX and NIXL, without either.
 //   nvcc -std=c++20 -arch=sm_90 -O3 -fmad=false --expt-relaxed-constexpr -Iffi -isystem UCX/include \
 //       tests/gpu/kernel_phases.cu ffi/cuda/kernels.cu -o kernel_phases
 //   ./kernel_phases RANKS TOKENS HIDDEN EXPERTS_PER_RANK TOP_K ITERATIONS FP8 CAPACITY_FACTOR
@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(kFloorWarps * 32) FloorKernel(const __grid_con
 }
 
 struct Rank {
+  int device;
   Control* control;
   std::byte *region, *x, *rows, *scales, *y, *out;
   int32_t *ids, *clean_ids, *invalid, *group_sizes, *demand, *row_of, *peers, *dropped;
@@ -138,13 +139,23 @@ int main(int argc, char** argv) {
 
   double distinct = 0;  // ranks that a token goes to, on average
   std::mt19937 random(1);
+  const char* gpus = std::getenv("GPUS");
+  const int num_devices = gpus ? std::atoi(gpus) : 1;
   std::vector<Rank> ranks(R);
-  for (Rank& k : ranks) k.control = Allocate<Control>(1), k.region = Allocate(layout.num_bytes());
+  for (int r = 0; r < R; ++r) {
+    ranks[r].device = r % num_devices;
+    CHECK(cudaSetDevice(ranks[r].device));
+    for (int other = 0; r < num_devices && other < num_devices; ++other) {
+      if (other != r) CHECK(cudaDeviceEnablePeerAccess(other, 0));
+    }
+    ranks[r].control = Allocate<Control>(1), ranks[r].region = Allocate(layout.num_bytes());
+  }
   FailureReport* report = nullptr;
-  CHECK(cudaHostAlloc(&report, sizeof(*report), cudaHostAllocMapped));
+  CHECK(cudaHostAlloc(&report, sizeof(*report), cudaHostAllocMapped | cudaHostAllocPortable));
   std::memset(report, 0, sizeof(*report));
   for (int r = 0; r < R; ++r) {
     Rank& k = ranks[r];
+    CHECK(cudaSetDevice(k.device));
     DeviceState state{};
     state.region = k.region;
     state.scratch = Allocate(ScratchBytes(geometry));
@@ -178,22 +189,36 @@ int main(int argc, char** argv) {
     k.demand = Allocate<int32_t>(E), k.row_of = Allocate<int32_t>(size_t(R) * T * K), k.peers = Allocate<int32_t>(R);
     k.dropped = Allocate<int32_t>(1), k.row_weights = Allocate<float>(C), k.order = Allocate<float>(1);
   }
-  CHECK(Preload());
   int num_sms = 0;
   CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, 0));
   constexpr size_t kEvict = size_t(1) << 29;
-  std::byte *flush = Allocate(kEvict), *sink = Allocate(kEvict);
-  cudaEvent_t begin, end;
-  CHECK(cudaEventCreate(&begin));
-  CHECK(cudaEventCreate(&end));
-  auto timed = [&](auto launch) {
-    CHECK(cudaMemcpyAsync(sink, flush, kEvict, cudaMemcpyDeviceToDevice, 0));
-    CHECK(cudaEventRecord(begin));
+  struct Device {
+    std::byte *flush, *sink;
+    cudaEvent_t begin, end;
+  };
+  std::vector<Device> devices(num_devices);
+  for (int i = num_devices - 1; i >= 0; --i) {
+    CHECK(cudaSetDevice(i));
+    CHECK(Preload());
+    devices[i].flush = Allocate(kEvict), devices[i].sink = Allocate(kEvict);
+    CHECK(cudaEventCreate(&devices[i].begin));
+    CHECK(cudaEventCreate(&devices[i].end));
+  }
+  std::byte *flush = devices[0].flush, *sink = devices[0].sink;
+  auto timed = [&](auto launch, int device = 0) {
+    for (int i = num_devices - 1; i >= 0; --i) {  // what is read may be in another's cache
+      CHECK(cudaSetDevice(i));
+      CHECK(cudaMemcpyAsync(devices[i].sink, devices[i].flush, kEvict, cudaMemcpyDeviceToDevice, 0));
+      if (i != device) CHECK(cudaDeviceSynchronize());
+    }
+    CHECK(cudaSetDevice(device));
+    CHECK(cudaEventRecord(devices[device].begin));
     launch();
-    CHECK(cudaEventRecord(end));
+    CHECK(cudaEventRecord(devices[device].end));
     CHECK(cudaDeviceSynchronize());
     float ms = 0;
-    CHECK(cudaEventElapsedTime(&ms, begin, end));
+    CHECK(cudaEventElapsedTime(&ms, devices[device].begin, devices[device].end));
+    CHECK(cudaSetDevice(0));
     return double(ms) * 1e3;
   };
   CHECK(cudaFuncSetAttribute(FloorKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -228,21 +253,24 @@ int main(int argc, char** argv) {
       return l;
     };
     for (Rank& k : ranks) {
-      now[0].push_back(
-          timed([&] { SendTokens(launch_of(k, format, 1), {T, k.x, k.ids, k.weights, k.clean_ids, k.invalid}); }));
+      now[0].push_back(timed(
+          [&] { SendTokens(launch_of(k, format, 1), {T, k.x, k.ids, k.weights, k.clean_ids, k.invalid}); }, k.device));
     }
     for (Rank& k : ranks) {
-      now[1].push_back(timed([&] {
-        ReceiveTokens(launch_of(k, format, 1), {C, true, k.rows, fp8 ? k.scales : nullptr, k.row_weights, k.group_sizes,
-                                                k.demand, k.row_of, k.peers, k.dropped});
-      }));
+      now[1].push_back(timed(
+          [&] {
+            ReceiveTokens(launch_of(k, format, 1), {C, true, k.rows, fp8 ? k.scales : nullptr, k.row_weights,
+                                                    k.group_sizes, k.demand, k.row_of, k.peers, k.dropped});
+          },
+          k.device));
     }
     for (Rank& k : ranks) {
       now[2].push_back(timed(
-          [&] { SendSums(launch_of(k, sums, 2), {T, C, fp8 ? k.out : k.rows, k.row_weights, nullptr, k.row_of}); }));
+          [&] { SendSums(launch_of(k, sums, 2), {T, C, fp8 ? k.out : k.rows, k.row_weights, nullptr, k.row_of}); },
+          k.device));
     }
     for (Rank& k : ranks) {
-      now[3].push_back(timed([&] { ReceiveSums(launch_of(k, sums, 2), {T, k.y, nullptr}); }));
+      now[3].push_back(timed([&] { ReceiveSums(launch_of(k, sums, 2), {T, k.y, nullptr}); }, k.device));
     }
     now[4].push_back(timed([&] { Nothing<<<1, 32>>>(); }));
     for (int p = 0; p < 4; ++p) now[5 + p].push_back(timed([&] { floor_of(p); }));
