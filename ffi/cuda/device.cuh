@@ -328,7 +328,7 @@ __device__ inline bool HasStopped(const Op& op, const Params& p, int peer) {
 }
 
 // True if the host ends the operation, which waits for `peer`; else says whether it knows the peer to be dead. To be
-// asked now and then: it takes a trip to the host.
+// asked now and then, by few: it takes a trip to the host.
 __device__ __noinline__ static bool StoppedByHost(Op& op, const Params& p, int peer, bool& dead) {
   const FailureReport& host = *p.control->state.report;
   const auto stop = Stop(LoadRelaxed(&host.stop));
@@ -336,11 +336,15 @@ __device__ __noinline__ static bool StoppedByHost(Op& op, const Params& p, int p
   if (stop == Stop::kNo) return false;
   op.bad = 1;
   if (stop == Stop::kInterrupt) Fail(op, p, Failure::kInterrupted, peer);
+  atomicCAS(&p.control->state.failed, 0u, uint32_t(Failure::kInterrupted));  // closing: ends the other blocks, too
   return true;
 }
-inline constexpr int kPollsPerTrip = 32;
 
 inline constexpr uint64_t kGraceNs = 1'000'000;  // far above the skew of the timer between blocks
+
+// Hundreds of blocks wait at once, next to the memory that peers read: most looks are at one word, after a pause.
+inline constexpr int kGlancesPerLook = 32;
+inline constexpr unsigned kPauseNs = 100;
 
 // Waits for one peer's message. One thread.
 __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
@@ -351,8 +355,12 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
   const uint64_t wanted = ((op.stamp & ((uint64_t(1) << kEpochShift) - 1)) + 1) / kBanks;
   const Signal* signal = &cell.signal;
   bool stopped = false, dead = false;
-  int polls = 0;
-  for (uint64_t first = 0;;) {
+  uint64_t first = 0;
+  for (unsigned polls = 0;; ++polls) {
+    if (polls % kGlancesPerLook && LoadRelaxed(&signal->stamp) != op.stamp) {
+      __nanosleep(kPauseNs);
+      continue;
+    }
     const bool counted = !by_put || LoadAcquire(counter) >= wanted;
     const uint64_t tag = LoadRelaxed(&signal->tag), tokens = LoadRelaxed(&signal->num_tokens);
     const uint64_t check = LoadRelaxed(&signal->check);
@@ -391,7 +399,9 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
     } else if (LoadRelaxed(&state.failed)) {
       op.bad = 1;
       done = true;
-    } else if (++polls % kPollsPerTrip == 0) {
+    } else if (blockIdx.x != 0) {  // what the first block hears from the host
+      dead = LoadRelaxed(&state.peers[r].decision) == (op.stamp | kTimedOutBit);
+    } else if (polls) {
       done = StoppedByHost(op, p, r, dead);
     }
     if (done) {
@@ -492,12 +502,16 @@ __device__ __noinline__ static void AwaitBankSlow(Op& op, const Params& p) {
     const NoticeCell& cell = p.control->notices[r];
     // A peer cannot have finished more than this rank has started; words of others are anything.
     const uint64_t least = op.nonce[r] + op.stamp - kBanks;
-    for (bool over = false;;) {  // `over` is from before the word was read: it may have been the peer's last
-      if (LoadAcquire(&cell.finished) - least < kBanks) break;
+    bool over = false, dead = false;  // from before the word was read: it may have been the peer's last
+    for (unsigned polls = 1; LoadAcquire(&cell.finished) - least >= kBanks; ++polls) {
       if (over) Fail(op, p, Failure::kNotFinished, r);
-      bool dead = false;
-      if (over || StoppedByHost(op, p, r, dead)) break;
+      if (LoadRelaxed(&state.failed)) {
+        op.bad = 1;
+        break;
+      }
+      if (blockIdx.x + blockIdx.y == 0 && polls % kGlancesPerLook == 0 && StoppedByHost(op, p, r, dead)) break;
       over = dead || HasStopped(op, p, r) || Now() > deadline;
+      __nanosleep(kPauseNs);
     }
   }
   __syncthreads();

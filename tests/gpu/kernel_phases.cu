@@ -44,6 +44,15 @@ T* Upload(const std::vector<T>& values) {
 
 __global__ void Nothing() {}
 
+__device__ uint64_t Nanoseconds() {
+  uint64_t ns;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
+  return ns;
+}
+__global__ void Delay(uint64_t ns) {
+  for (const uint64_t end = Nanoseconds() + ns; Nanoseconds() < end;) continue;
+}
+
 // What no kernel of a phase can do without: as many dependent reads as it has (`chain`), its bytes moved, and at the
 // end one word that says so, after a fence. Pieces of `from` are read, and each is written as often as comes out on
 // average.
@@ -278,6 +287,38 @@ int main(int argc, char** argv) {
       if (i >= 2) samples[p].insert(samples[p].end(), now[p].begin(), now[p].end());
     }
   }
+  // With a GPU for each rank: dispatch and combine again and again, all ranks at once. Kernels wait for each other.
+  double together = 0;
+  if (num_devices == R && R > 1) {
+    constexpr int kPairs = 32;
+    auto launch_of = [&](Rank& k, const RowFormat& f, uint64_t tag) {
+      Launch l;
+      l.control = k.control, l.region = k.region, l.geometry = geometry, l.format = f, l.tag = tag, l.num_sms = num_sms,
+      l.order = k.order;
+      return l;
+    };
+    for (int i = 0; i <= kPairs; ++i) {
+      for (Rank& k : ranks) {
+        CHECK(cudaSetDevice(k.device));
+        if (i == 1 && k.device) Delay<<<1, 1>>>(100'000);  // one waits while the other works, as programs do
+        if (i == 2) CHECK(cudaEventRecord(devices[k.device].begin));
+        SendTokens(launch_of(k, format, 1), {T, k.x, k.ids, k.weights, k.clean_ids, k.invalid});
+        ReceiveTokens(launch_of(k, format, 1), {C, true, k.rows, fp8 ? k.scales : nullptr, k.row_weights, k.group_sizes,
+                                                k.demand, k.row_of, k.peers, k.dropped});
+        SendSums(launch_of(k, sums, 2), {T, C, fp8 ? k.out : k.rows, k.row_weights, nullptr, k.row_of});
+        ReceiveSums(launch_of(k, sums, 2), {T, k.y, nullptr});
+        if (i == kPairs) CHECK(cudaEventRecord(devices[k.device].end));
+      }
+    }
+    for (Rank& k : ranks) {
+      CHECK(cudaSetDevice(k.device));
+      CHECK(cudaDeviceSynchronize());
+      float ms = 0;
+      CHECK(cudaEventElapsedTime(&ms, devices[k.device].begin, devices[k.device].end));
+      together = std::max(together, double(ms) * 1e3 / (kPairs - 1));
+    }
+    CHECK(cudaSetDevice(0));
+  }
   double copy = 0;
   {
     std::vector<double> times;
@@ -313,5 +354,6 @@ int main(int argc, char** argv) {
   for (int p = 5; p < 9; ++p) std::printf(" %5.1f", median(samples[p])), floor += median(samples[p]);
   std::printf("  sum %6.1f us  (empty kernel %.1f, copy %.2f TB/s, dropped %d, failure %u, error %.1e)\n", floor,
               median(samples[4]), copy, dropped, report->code, fp8 ? 0.0 : worst);
+  if (together > 0) std::printf("dispatch and combine, all ranks at once: %.1f us\n", together);
   return 0;
 }
