@@ -226,6 +226,12 @@ def scan_and_order_job():
             jax.block_until_ready(both(x))
 
 
+crashes_in_shardy = pytest.mark.skipif(
+    jax.__version__.startswith("0.11."), reason="XLA of jax 0.11 crashes when it compiles this (docs/sharp_bits.md)"
+)
+
+
+@crashes_in_shardy
 def test_scan_and_order(on_fake_devices):
     on_fake_devices(scan_and_order_job)
 
@@ -255,8 +261,9 @@ def test_padding_may_be_nan():
         y, aux = nx.nixlep_moe(x, params, config=config, router=ROUTER, token_mask=mask, backend="xla")
         return (y**2).sum() + aux.loss
 
-    want = jax.grad(loss, (0, 1))(np.where(mask[..., None], x, 0), params)
-    got = jax.grad(loss, (0, 1))(np.where(mask[..., None], x, np.nan).astype(np.float32), params)
+    grad = jax.jit(jax.grad(loss, (0, 1)))
+    want = grad(np.where(mask[..., None], x, 0).astype(np.float32), params)
+    got = grad(np.where(mask[..., None], x, np.nan).astype(np.float32), params)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
