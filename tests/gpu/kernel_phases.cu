@@ -252,15 +252,16 @@ int main(int argc, char** argv) {
     return values[values.size() / 2];
   };
 
+  auto launch_of = [&](Rank& k, const RowFormat& f, uint64_t tag) {
+    Launch l;
+    l.control = k.control, l.region = k.region, l.geometry = geometry, l.format = f, l.tag = tag, l.num_sms = num_sms,
+    l.order = k.order;
+    return l;
+  };
+
   std::vector<std::vector<double>> samples(9);
   for (int i = 0; i < iterations + 2; ++i) {
     std::vector<std::vector<double>> now(9);
-    auto launch_of = [&](Rank& k, const RowFormat& f, uint64_t tag) {
-      Launch l;
-      l.control = k.control, l.region = k.region, l.geometry = geometry, l.format = f, l.tag = tag, l.num_sms = num_sms,
-      l.order = k.order;
-      return l;
-    };
     for (Rank& k : ranks) {
       now[0].push_back(timed(
           [&] { SendTokens(launch_of(k, format, 1), {T, k.x, k.ids, k.weights, k.clean_ids, k.invalid}); }, k.device));
@@ -291,12 +292,6 @@ int main(int argc, char** argv) {
   double together = 0;
   if (num_devices == R && R > 1) {
     constexpr int kPairs = 32;
-    auto launch_of = [&](Rank& k, const RowFormat& f, uint64_t tag) {
-      Launch l;
-      l.control = k.control, l.region = k.region, l.geometry = geometry, l.format = f, l.tag = tag, l.num_sms = num_sms,
-      l.order = k.order;
-      return l;
-    };
     for (int i = 0; i <= kPairs; ++i) {
       for (Rank& k : ranks) {
         CHECK(cudaSetDevice(k.device));
