@@ -236,7 +236,9 @@ void* NixlAgent::RemoteView(std::span<const ViewRow> rows) {
   }
   if (status == kSuccess) status = api_->prep_mem_view_remote(agent_, list, &view, options_);
   api_->destroy_remote_dlist(list);
-  Check(status, "preparing the memory view of the peers");
+  Check(status,
+        "preparing the memory view of the peers (UCX must have a lane from this GPU to each: cuda_ipc to another "
+        "process of this machine, or a network card)");
   return view;
 }
 
