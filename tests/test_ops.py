@@ -478,7 +478,7 @@ def rank_begins_anew(job, config):
 def check_begins_anew(pool):
     config = make_config()
     answers = pool.run(rank_begins_anew, config)
-    assert "rank 1 did not arrive" in answers[0][0] and answers[1][0]
+    assert all(failure for failure, _ in answers)  # of the first group
     for i, seed in enumerate((2, 3)):
         inputs = [make_input(config, r, 6, seed, "distinct") for r in range(2)]
         expected = oracle.dispatch(*(list(column) for column in zip(*inputs, strict=True)), config)
