@@ -56,6 +56,7 @@ class Follower:
         self.on_prepare: list[Callable[[Change], None]] = []
         self._seen: tuple[str, float] = ("", 0.0)  # the running change, and when it was first seen
         self._looked = 0.0
+        self._lapsed: set[int] = set()  # whom a change needs, without a lease when last looked
         self._missed: dict[int, float] = {}  # members without a lease, and since when, while lost experts come back
         self._lease_due = 0.0
         self._prepared = ""
@@ -169,7 +170,9 @@ class Follower:
             nonces = {r: lease["nonce"] for r, lease in leases(self._store).items()}
             began = {int(key[len(prefix) :]): json.loads(value) for key, value in self._store.scan(prefix).items()}
             here = {r for r in nonces if r not in began or began[r]["address"]["nonce"] == nonces[r]}
-            gone = sorted((needed & {*began, *state.members}) - here)
+            lapsed = (needed & {*began, *state.members}) - here
+            gone = sorted(lapsed & self._lapsed)  # at two looks: a busy machine may keep a rank from renewing in time
+            self._lapsed = lapsed
         return f"ranks {gone} are gone" if gone else ""
 
     def _miss(self, state: State) -> None:
