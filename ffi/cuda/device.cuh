@@ -323,7 +323,7 @@ __device__ inline bool GaveUp(const Op& op, const Params& p, int peer) {
 
 // True if the peer said, in this epoch of this group, that it stopped.
 __device__ inline bool HasStopped(const Op& op, const Params& p, int peer) {
-  const uint64_t notice = LoadRelaxed(&p.control->notices[peer].notice);
+  const uint64_t notice = LoadAcquire(&p.control->notices[peer].notice);  // what is read next may be the peer's last
   return notice == NoticeFrom(op, peer, Notice::kLeft) || notice == NoticeFrom(op, peer, Notice::kFailed);
 }
 
@@ -370,14 +370,16 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
     if (!first) first = now;
     const bool whole = check == Signal::Check(op.nonce[r], stamp, tag, tokens);
     const bool arrived = counted && whole && stamp == op.stamp;
+    // By another block, which also reports it.
+    const bool decided_late = LoadRelaxed(&state.peers[r].decision) == (op.stamp | kTimedOutBit);
     bool done = arrived;
     if (gave_up) {
       Fail(op, p, Failure::kPeerAhead, r);
       done = true;
     } else if (arrived) {
-      if (now >= op.deadline_ns && DecideTimeout(op, p, r, false)) {
+      if (decided_late || (now >= op.deadline_ns && DecideTimeout(op, p, r, false))) {
         op.live[r] = 0;
-        if (!state.mask_late_peers) Fail(op, p, Failure::kTimedOut, r);
+        if (!state.mask_late_peers) op.bad = 1;
       } else if (tag != p.tag) {
         Fail(op, p, Failure::kOtherOp, r, tag);
       } else if (tokens > uint64_t(p.g.max_tokens)) {
@@ -392,6 +394,10 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
       const bool left = LoadRelaxed(&p.control->notices[r].notice) == NoticeFrom(op, r, Notice::kLeft);
       Fail(op, p, left ? Failure::kPeerLeft : Failure::kPeerFailed, r);
       done = true;
+    } else if (decided_late) {
+      op.live[r] = 0;
+      if (!state.mask_late_peers) op.bad = 1;
+      done = true;
     } else if ((dead || now >= op.deadline_ns + kGraceNs) && DecideTimeout(op, p, r, true)) {
       op.live[r] = 0;
       if (!state.mask_late_peers) Fail(op, p, dead ? Failure::kPeerDead : Failure::kTimedOut, r);
@@ -399,9 +405,7 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
     } else if (LoadRelaxed(&state.failed)) {
       op.bad = 1;
       done = true;
-    } else if (blockIdx.x != 0) {  // what the first block hears from the host
-      dead = LoadRelaxed(&state.peers[r].decision) == (op.stamp | kTimedOutBit);
-    } else if (polls) {
+    } else if (polls && blockIdx.x == 0) {  // the others see what the first block made of it
       done = StoppedByHost(op, p, r, dead);
     }
     if (done) {
@@ -500,10 +504,10 @@ __device__ __noinline__ static void AwaitBankSlow(Op& op, const Params& p) {
   for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
     if (!op.live[r]) continue;
     const NoticeCell& cell = p.control->notices[r];
-    // A peer cannot have finished more than this rank has started; words of others are anything.
+    // A peer may have finished even this operation, where other blocks have sent theirs; words of others are anything.
     const uint64_t least = op.nonce[r] + op.stamp - kBanks;
     bool over = false, dead = false;  // from before the word was read: it may have been the peer's last
-    for (unsigned polls = 1; LoadAcquire(&cell.finished) - least >= kBanks; ++polls) {
+    for (unsigned polls = 1; LoadAcquire(&cell.finished) - least > kBanks; ++polls) {
       if (over) Fail(op, p, Failure::kNotFinished, r);
       if (LoadRelaxed(&state.failed)) {
         op.bad = 1;

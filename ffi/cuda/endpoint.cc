@@ -152,10 +152,10 @@ bool CudaEndpoint::MapPeer(int peer, int pid, int fd, uint64_t nonce) {
 bool CudaEndpoint::ReachesDevice(int device) const {
   OnDevice current(device_);
   int can = 0;
-  if (cudaDeviceCanAccessPeer(&can, device_, device) != cudaSuccess || !can) return false;
-  const cudaError_t status = cudaDeviceEnablePeerAccess(device, 0);
-  if (status == cudaErrorPeerAccessAlreadyEnabled) cudaGetLastError();  // or the next check finds it
-  return status == cudaSuccess || status == cudaErrorPeerAccessAlreadyEnabled;
+  cudaError_t status = cudaDeviceCanAccessPeer(&can, device_, device);
+  if (status == cudaSuccess && can) status = cudaDeviceEnablePeerAccess(device, 0);
+  cudaGetLastError();  // or the next check finds it
+  return can && (status == cudaSuccess || status == cudaErrorPeerAccessAlreadyEnabled);
 }
 
 bool CudaEndpoint::PeerAlive(int peer) const {

@@ -115,7 +115,7 @@ class Follower:
                 if shared.applied:  # before the first epoch programs run by themselves
                     self._endpoint.interrupt()
             if (change.id if change else "") != self._seen[0]:
-                self._seen = (change.id, time.monotonic()) if change else ("", 0.0)
+                self._seen, self._lapsed = (change.id, time.monotonic()) if change else ("", 0.0), set()
                 staged = shared.staged
                 if staged and staged.change not in (change.id if change else "", state.last):
                     if not shared.applied:
