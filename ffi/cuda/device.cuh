@@ -215,23 +215,31 @@ __device__ __noinline__ void PutControl(Control* own, int max_ranks, int to, con
                          unsigned(ControlRow(to, max_ranks)), offset, num_bytes, 0, UCP_DEVICE_FLAG_NODELAY, nullptr);
 }
 
-// Sets a field of the notice cell that `to` keeps for this rank. One thread; `member` points to it in the own block.
-template <typename T>
-__device__ inline void SetNotice(const Op& op, const Params& p, int to, T NoticeCell::* field, T value) {
+// Sets a field of the notice cell that `to` keeps for this rank; adds the nonce. One thread.
+__device__ inline void SetNotice(const Op& op, const Params& p, int to, uint64_t NoticeCell::* field, uint64_t value) {
+  value += op.nonce[op.rank];
   if (op.control[to]) {
     __threadfence_system();
     StoreRelaxed(&(op.control[to]->notices[op.rank].*field), value);
     return;
   }
-  T* own = &(p.control->notices[op.rank].*field);
+  uint64_t* own = &(p.control->notices[op.rank].*field);
   StoreRelaxed(own, value);
   __threadfence_system();
-  PutControl<UCS_DEVICE_LEVEL_THREAD>(p.control, p.g.max_ranks, to, own, sizeof(T));
+  PutControl<UCS_DEVICE_LEVEL_THREAD>(p.control, p.g.max_ranks, to, own, sizeof(value));
 }
 
 // What rank `from` says when it stops.
 __device__ inline uint64_t NoticeFrom(const Op& op, int from, Notice notice) {
   return NoticeWord(op.nonce[from], uint16_t(op.stamp >> kEpochShift), uint64_t(notice));
+}
+
+// Tells the peers that this rank stops. One thread.
+__device__ inline void TellPeers(const Op& op, const Params& p, Notice notice) {
+  const uint64_t word = NoticeWord(0, uint16_t(op.stamp >> kEpochShift), uint64_t(notice));
+  for (int r = 0; r < p.g.max_ranks; ++r) {
+    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, word);
+  }
 }
 
 // Ends this and all later operations of the endpoint, and tells the peers. One thread.
@@ -245,10 +253,7 @@ __device__ __noinline__ static void Fail(Op& op, const Params& p, Failure why, i
   state.report->peer = peer;
   __threadfence_system();
   StoreRelaxed(&state.report->code, uint32_t(why));
-  const uint64_t notice = NoticeFrom(op, op.rank, Notice::kFailed);
-  for (int r = 0; r < p.g.max_ranks; ++r) {
-    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, notice);
-  }
+  TellPeers(op, p, Notice::kFailed);
 }
 
 inline constexpr uint64_t kMercyNs = 150'000'000;  // _GRACE_S of elastic/boundary.py
@@ -309,7 +314,7 @@ __device__ __noinline__ static bool DecideTimeout(Op& op, const Params& p, int p
     state.counters[peer].timeouts += 1;
     StoreRelaxed(&state.report->gave_up, 1u);
     // Before anything that the peer may be reading is overwritten.
-    SetNotice(op, p, peer, &NoticeCell::given_up, op.nonce[op.rank] + op.stamp);
+    SetNotice(op, p, peer, &NoticeCell::given_up, op.stamp);
     __threadfence_system();
   }
   return timed_out;
@@ -569,7 +574,7 @@ __device__ inline bool EndReceive(Op& op, const Params& p, bool pulled) {
     }
     __syncthreads();
     for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-      if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::finished, op.nonce[op.rank] + op.stamp);
+      if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::finished, op.stamp);
     }
   }
   return true;

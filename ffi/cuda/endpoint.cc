@@ -128,21 +128,20 @@ CudaEndpoint::~CudaEndpoint() {
 bool CudaEndpoint::MapPeer(int peer, int pid, int fd, uint64_t nonce) {
   try {
     auto page = std::make_unique<SharedMemory>(SharedMemory::Open(pid, fd, sizeof(nonce)));
-    if (std::memcmp(page->data(), &nonce, sizeof(nonce)) == 0) {
-      std::lock_guard lock(mutex_);
-      pages_.at(size_t(peer)) = std::move(page);
-      if (!closed_ && !watch_.joinable()) watch_ = std::jthread([this](std::stop_token stop) { Watch(stop); });
-      std::lock_guard memory_lock(memory_mutex);
-      for (const auto& [device, memory] : Memories()) {
-        if (pid != getpid() || memory.nonce != nonce || !ReachesDevice(device)) continue;
-        links_[size_t(peer)] = std::shared_ptr<Link>(new Link{.nixl = nullptr,
-                                                              .agent = "",
-                                                              .nonce = nonce,
-                                                              .base = reinterpret_cast<uint64_t>(memory.region),
-                                                              .control = reinterpret_cast<uint64_t>(memory.control),
-                                                              .device = device});
-        return true;
-      }
+    if (std::memcmp(page->data(), &nonce, sizeof(nonce)) != 0) return false;
+    std::lock_guard lock(mutex_);
+    pages_.at(size_t(peer)) = std::move(page);
+    if (!closed_ && !watch_.joinable()) watch_ = std::jthread([this](std::stop_token stop) { Watch(stop); });
+    std::lock_guard memory_lock(memory_mutex);
+    for (const auto& [device, memory] : Memories()) {
+      if (pid != getpid() || memory.nonce != nonce || !ReachesDevice(device)) continue;
+      links_[size_t(peer)] = std::shared_ptr<Link>(new Link{.nixl = nullptr,
+                                                            .agent = "",
+                                                            .nonce = nonce,
+                                                            .base = reinterpret_cast<uint64_t>(memory.region),
+                                                            .control = reinterpret_cast<uint64_t>(memory.control),
+                                                            .device = device});
+      return true;
     }
   } catch (const std::runtime_error&) {  // another machine or container: its ids mean something else here
   }

@@ -870,10 +870,7 @@ __global__ void FindPointersKernel(void* view, int num_rows, const uint32_t* wan
 __global__ void NotifyKernel(const __grid_constant__ Params p, Notice notice) {
   __shared__ Op op;
   Begin(op, p, /*sending=*/true);
-  const uint64_t word = NoticeFrom(op, op.rank, notice);
-  for (int r = 0; r < p.g.max_ranks; ++r) {
-    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::notice, word);
-  }
+  TellPeers(op, p, notice);
 }
 
 // --- Launches ---
