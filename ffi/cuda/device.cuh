@@ -140,13 +140,17 @@ __device__ inline void Pack(Words<kWords>& out, const float (&in)[kCount]) {
   }
 }
 
-// Division by a number that the host knows; exact while the product of both is below 2^32.
+// Division by a number that the host knows.
 struct Divisor {
   uint32_t value = 1, reciprocal = 0;
 
   Divisor() = default;
   explicit Divisor(uint32_t d) : value(d), reciprocal(d > 1 ? uint32_t(((uint64_t(1) << 32) + d - 1) / d) : 0) {}
-  __device__ int Quotient(int n) const { return reciprocal ? int(__umulhi(uint32_t(n), reciprocal)) : n; }
+  __device__ int Quotient(int n) const {
+    if (!reciprocal) return n;
+    const uint32_t q = __umulhi(uint32_t(n), reciprocal);  // or one too many, where n * value is above 2^32
+    return int(q - (q * value > uint32_t(n)));
+  }
 };
 
 // --- One block's view of an operation. ---
@@ -161,6 +165,9 @@ struct Params {
   int32_t granules;  // of a row
   Divisor segments;  // of a row: what one warp handles at a time
   Divisor tokens;    // max_tokens
+  Divisor experts;   // of a rank
+  Divisor chunks;    // of a rank
+  Divisor columns;   // of picks: 32 experts of a rank
   int32_t value_bytes, scale_bytes, wire_bytes, row_bytes;
   uint32_t ue8m0, round_scale;
 };

@@ -110,6 +110,49 @@ struct Fp8Codec {
 
 // --- Sending tokens: every token is written once, into the message that all peers read. ---
 
+__device__ int ChunksOf(int num_tokens) { return (num_tokens + kChunk - 1) / kChunk; }
+
+// Which tokens of each chunk go to each expert: a word, for the expert's rank, in which a repeated id counts once. So
+// peers need not look through all choices to find theirs.
+__device__ void SendPicks(const Op& op, const Params& p, const SendTokensArgs& a) {
+  static_assert(kChunk == kWarp);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int K = p.g.top_k, E = p.g.experts_per_rank, words = (E + kWarp - 1) / kWarp;
+  const int num_units = ChunksOf(a.num_tokens) * int(p.columns.value);
+  // From the last block on: the first ones send the other tables.
+  for (int unit = warp * gridDim.x + gridDim.x - 1 - blockIdx.x; unit < num_units; unit += gridDim.x * warps) {
+    const int chunk = p.columns.Quotient(unit), column = unit - chunk * int(p.columns.value);
+    const int r = words == 1 ? column : column / words, first = (column - r * words) * kWarp;
+    const int t = chunk * kChunk + lane, count = min(kWarp, E - first);
+    if (!op.live[r]) continue;
+    uint32_t chosen = 0, picks = 0;
+    if (t < a.num_tokens) {
+      const int32_t* ids = a.ids + uint64_t(t) * K;
+      auto choose = [&](uint32_t id) {
+        const uint32_t expert = id - uint32_t(r * E + first);
+        if (expert < uint32_t(count)) chosen |= 1u << expert;
+      };
+      if (K % 4 == 0) {
+#pragma unroll 2
+        for (int k = 0; k < K; k += 4) {
+          const Words<4> four = LoadOnce<4>(reinterpret_cast<const std::byte*>(ids + k));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) choose(four.w[i]);
+        }
+      } else {
+        for (int k = 0; k < K; ++k) choose(ids[k]);
+      }
+    }
+#pragma unroll 4
+    for (int e = 0; e < count; ++e) {
+      const uint32_t tokens = __ballot_sync(kAllLanes, chosen >> e & 1);
+      if (lane == e) picks = tokens;
+    }
+    std::byte* to = op.pointer[r] ? op.inbox(p.g, op.pointer[r], op.rank) : op.outbox(p.g, op.region, r);
+    if (lane < count) reinterpret_cast<uint32_t*>(to + p.g.picks)[chunk * E + first + lane] = picks;
+  }
+}
+
 template <typename Codec>
 __global__ void __launch_bounds__(1024)
     SendTokensKernel(const __grid_constant__ Params p, const __grid_constant__ SendTokensArgs a) {
@@ -164,7 +207,7 @@ __global__ void __launch_bounds__(1024)
       if (a.weights) sent_weights[i] = weight;
     }
   }
-
+  if (a.clean_ids) SendPicks(op, p, a);
   for (int t0 = blockIdx.x; t0 < a.num_tokens; t0 += kAhead * gridDim.x) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
@@ -219,7 +262,12 @@ __global__ void __launch_bounds__(1024)
       const uint64_t offset = op.inbox_offset(p.g), table_bytes = uint64_t(a.num_tokens) * K * sizeof(int32_t);
       for (int r = warp; r < p.g.max_ranks; r += blockDim.x / kWarp) {
         if (op.pointer[r] || !op.live[r]) continue;
-        if (a.clean_ids) Put<UCS_DEVICE_LEVEL_WARP>(op, state, r, message, offset, table_bytes);
+        if (a.clean_ids) {
+          Put<UCS_DEVICE_LEVEL_WARP>(op, state, r, message, offset, table_bytes);
+          const uint64_t picks_bytes = uint64_t(ChunksOf(a.num_tokens)) * p.g.experts_per_rank * sizeof(uint32_t);
+          Put<UCS_DEVICE_LEVEL_WARP>(op, state, r, op.outbox(p.g, op.region, r) + p.g.picks, offset + p.g.picks,
+                                     picks_bytes);
+        }
         if (a.weights) Put<UCS_DEVICE_LEVEL_WARP>(op, state, r, message + p.g.second, offset + p.g.second, table_bytes);
         SignalByPut(op, p, r, a.num_tokens);
       }
@@ -230,8 +278,8 @@ __global__ void __launch_bounds__(1024)
 
 // --- The routing plan: which row each choice gets. ---
 //
-// A chunk is 32 tokens of one source rank. `picked` has a word for each chunk and expert: which of the 32 chose it (so
-// that a repeated id counts once). `before` counts the rows of the expert in earlier chunks. The row of a token is then
+// `picked` has a word for each chunk of each source rank and expert, from SendPicks. `before` counts the rows of the
+// expert in earlier chunks. The row of a token is then
 //   base[expert] + before[chunk][expert] + popcount(picked[chunk][expert] below the token's bit).
 struct Plan {
   int cpr, chunks, stride;  // chunks of a rank, of all; words of a chunk (odd stride: no bank conflicts)
@@ -239,13 +287,13 @@ struct Plan {
   int32_t *before, *demand, *kept, *base;
 
   __device__ Plan(const Geometry& g, std::byte* memory) {
-    cpr = (g.max_tokens + kWarp - 1) / kWarp;
+    cpr = g.chunks;
     chunks = g.max_ranks * cpr;
-    stride = (g.experts_per_rank + kWarp - 1) / kWarp * kWarp + 1;
+    stride = PlanStride(g);
     picked = reinterpret_cast<uint32_t*>(memory);
     before = reinterpret_cast<int32_t*>(picked + uint64_t(chunks) * stride);
     demand = before + uint64_t(chunks) * stride;
-    kept = demand + stride;
+    kept = demand + stride + 1;  // `demand` and `base` end with their sum
     base = kept + stride;
   }
 };
@@ -256,37 +304,16 @@ __device__ const std::byte* TokensOf(const Op& op, const Params& p, int r) {
   return op.pointer[r] ? op.outbox(p.g, op.pointer[r], r) : op.inbox(p.g, op.region, r);
 }
 
-// Words of one chunk for 32 experts. One warp.
-__device__ void PickChunk(const Op& op, const Params& p, const Plan& plan, int chunk, int word) {
-  const int lane = threadIdx.x % kWarp, K = p.g.top_k, E = p.g.experts_per_rank;
-  const int r = chunk / plan.cpr, t = chunk % plan.cpr * kWarp + lane;
-  uint32_t chosen = 0, mine = 0;
-  if (op.live[r] && t < op.tokens[r]) {
-    const auto* ids = reinterpret_cast<const int32_t*>(TablesOf(op, p, r)) + uint64_t(t) * K;
-    const int first = op.rank * E + word * kWarp, count = min(kWarp, E - word * kWarp);
-    auto choose = [&](int32_t id) {
-      const int expert = id - first;
-      if (expert >= 0 && expert < count) chosen |= 1u << expert;
-    };
-    if (K % 4 == 0) {
-#pragma unroll 4
-      for (int k = 0; k < K; k += 4) {
-        const Words<4> four = LoadOnce<4>(reinterpret_cast<const std::byte*>(ids + k));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) choose(int32_t(four.w[i]));
-      }
-    } else {
-      for (int k = 0; k < K; ++k) choose(ids[k]);
-    }
+// What the senders picked, gathered by `blocks` blocks.
+__device__ void GatherPicks(const Op& op, const Params& p, const Plan& plan, int first_block, int blocks) {
+  const int words = plan.chunks * p.g.experts_per_rank;
+  for (int i = first_block * blockDim.x + threadIdx.x; i < words; i += blocks * blockDim.x) {
+    const int chunk = p.experts.Quotient(i), e = i - chunk * p.g.experts_per_rank;
+    const int r = p.chunks.Quotient(chunk), own = chunk - r * plan.cpr;
+    const auto* picks = reinterpret_cast<const uint32_t*>(TablesOf(op, p, r) + p.g.picks);
+    const bool sent = op.live[r] && own * kChunk < op.tokens[r];
+    plan.picked[uint64_t(chunk) * plan.stride + e] = sent ? picks[i - r * plan.cpr * p.g.experts_per_rank] : 0;
   }
-  if (__any_sync(kAllLanes, chosen != 0)) {
-#pragma unroll
-    for (int e = 0; e < kWarp; ++e) {
-      const uint32_t tokens = __ballot_sync(kAllLanes, chosen >> e & 1);
-      if (lane == e) mine = tokens;
-    }
-  }
-  plan.picked[uint64_t(chunk) * plan.stride + word * kWarp + lane] = mine;
 }
 
 // The largest equal limit that fits; what is left over goes, one row each, to the first experts above it. One warp.
@@ -347,7 +374,7 @@ __device__ void FinishPlan(const Params& p, const Plan& plan, int64_t num_rows) 
       if (e < E) plan.kept[e] = kept, plan.base[e] = next + sum - kept;
       next += __shfl_sync(kAllLanes, sum, kWarp - 1);
     }
-    if (lane == 0) plan.base[E] = next, plan.demand[E] = demand;  // the strides have room for one more
+    if (lane == 0) plan.base[E] = next, plan.demand[E] = demand;
   }
   __syncthreads();
 }
@@ -380,10 +407,7 @@ __global__ void __launch_bounds__(kMoveThreads)
   AwaitAll(op, p);
   if (op.bad) return;  // the kernel that follows comes to the same end
   const Plan plan(p.g, p.control->state.scratch);
-  const int words = (p.g.experts_per_rank + kWarp - 1) / kWarp, warps = blockDim.x / kWarp;
-  for (int i = blockIdx.x * warps + threadIdx.x / kWarp; i < plan.chunks * words; i += gridDim.x * warps) {
-    PickChunk(op, p, plan, i / words, i % words);
-  }
+  GatherPicks(op, p, plan, blockIdx.x, gridDim.x);
   if (IsLast(op, &p.control->state.tails, gridDim.x)) {
     FinishPlan(p, plan, a.num_rows);
     ReportPlan(op, p, plan, a);
@@ -392,14 +416,12 @@ __global__ void __launch_bounds__(kMoveThreads)
 
 // --- Receiving tokens ---
 
-// Small tables of both banks, before the state says which. Spread over the first blocks.
-__device__ void PrefetchTables(const Params& p, int ranks, int num_bytes, bool second) {
-  const int lines = (num_bytes + 127) / 128, all = kBanks * ranks * lines;
+// A small table of both banks, before the state says which. Spread over the first blocks.
+__device__ void PrefetchTable(const Params& p, uint64_t offset, int num_bytes) {
+  const int lines = (num_bytes + 127) / 128, all = kBanks * p.g.max_ranks * lines;
   if (all > 4096) return;
   for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < all; i += gridDim.x * blockDim.x) {
-    const std::byte* message = p.region + p.g.inbox + uint64_t(i / lines) * p.g.message_bytes + i % lines * 128;
-    Prefetch(message);
-    if (second) Prefetch(message + p.g.second);
+    Prefetch(p.region + p.g.inbox + uint64_t(i / lines) * p.g.message_bytes + offset + i % lines * 128);
   }
 }
 
@@ -413,7 +435,9 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
   const int R = p.g.max_ranks, T = p.g.max_tokens, K = p.g.top_k, E = p.g.experts_per_rank, G = p.granules;
   const int segments = p.segments.value;
   const int first_unit = blockIdx.x * warps + warp, num_units = R * T * segments, step = gridDim.x * warps;
-  PrefetchTables(p, R, T * K * int(sizeof(int32_t)), a.weighted);
+  if (!kPlanned) PrefetchTable(p, p.g.picks, p.g.chunks * E * int(sizeof(uint32_t)));
+  PrefetchTable(p, 0, T * K * int(sizeof(int32_t)));
+  if (a.weighted) PrefetchTable(p, p.g.second, T * K * int(sizeof(float)));
   Begin(op, p, /*sending=*/false);
   for (int r = threadIdx.x; r < R; r += blockDim.x) taken[r] = 0;
   AwaitAll(op, p);
@@ -436,13 +460,13 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
   const int words = (E + kWarp - 1) / kWarp;
   if constexpr (kPlanned) {  // limits and starts of the experts are wanted for every row
     auto* near = reinterpret_cast<int32_t*>(dynamic);
-    for (int i = threadIdx.x; i < 2 * plan.stride; i += blockDim.x) near[i] = plan.kept[i];
+    for (int i = threadIdx.x; i < 2 * plan.stride + 1; i += blockDim.x) near[i] = plan.kept[i];
     plan.kept = near;
     plan.base = near + plan.stride;
     __syncthreads();
   }
   if constexpr (!kPlanned) {
-    for (int i = warp; i < plan.chunks * words; i += warps) PickChunk(op, p, plan, i / words, i % words);
+    GatherPicks(op, p, plan, 0, 1);
     __syncthreads();
     FinishPlan(p, plan, a.num_rows);
   }
@@ -458,12 +482,12 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
     bool have = false;
     for (int word = 0; word < words; ++word) {
       const int e = word * kWarp + lane;
-      const uint64_t at = uint64_t(chunk) * plan.stride + e;
-      const uint32_t picked = plan.picked[at];
       int row = -1;
-      if (picked >> bit & 1) {
+      if (e < E) {
+        const uint64_t at = uint64_t(chunk) * plan.stride + e;
+        const uint32_t picked = plan.picked[at];
         const int position = plan.before[at] + __popc(picked & ((1u << bit) - 1));
-        if (position < plan.kept[e]) row = plan.base[e] + position;
+        if ((picked >> bit & 1) && position < plan.kept[e]) row = plan.base[e] + position;
       }
       unsigned rows = __ballot_sync(kAllLanes, row >= 0);
       if (!rows) continue;
@@ -876,7 +900,6 @@ __global__ void NotifyKernel(const __grid_constant__ Params p, Notice notice) {
 // --- Launches ---
 
 constexpr size_t kSharedPlanBytes = 40 * 1024;
-constexpr int kSharedPlanChoices = 8192;  // above, each block would read too much of the tables
 
 Params MakeParams(const Launch& l, int granules_at_once) {
   const RowFormat& f = l.format;
@@ -891,6 +914,9 @@ Params MakeParams(const Launch& l, int granules_at_once) {
   p.granules = int32_t((raw ? f.row_bytes() : size_t(f.hidden) * TokenBytes(f.type)) / 16);
   p.segments = Divisor(uint32_t(std::max(1, (p.granules + kWarp * granules_at_once - 1) / (kWarp * granules_at_once))));
   p.tokens = Divisor(uint32_t(l.geometry.max_tokens));
+  p.experts = Divisor(uint32_t(l.geometry.experts_per_rank));
+  p.chunks = Divisor(uint32_t(l.geometry.chunks));
+  p.columns = Divisor(uint32_t(l.geometry.max_ranks * ((l.geometry.experts_per_rank + kWarp - 1) / kWarp)));
   p.value_bytes = int32_t(f.value_bytes());
   p.scale_bytes = int32_t(f.scale_bytes());
   p.wire_bytes = int32_t(f.wire_bytes());
@@ -954,11 +980,11 @@ void ReceiveTokens(const Launch& l, const ReceiveTokensArgs& a) {
   // Rows that stay empty are written, too.
   const int blocks = Blocks(std::max(tokens, a.num_rows / 2) * segments, kMoveThreads / kWarp, l.num_sms * 2);
   const size_t plan_bytes = ScratchBytes(g);
-  const size_t limit_bytes = 2 * (size_t(g.experts_per_rank + 31) / 32 * 32 + 1) * sizeof(int32_t);
-  const bool planned = plan_bytes > kSharedPlanBytes || tokens * g.top_k > kSharedPlanChoices;
+  const size_t limit_bytes = (2 * PlanStride(g) + 1) * sizeof(int32_t);
+  const bool planned = plan_bytes > kSharedPlanBytes;
   if (planned) {
-    const int64_t chunks = int64_t(g.max_ranks) * ((g.max_tokens + 31) / 32) * ((g.experts_per_rank + 31) / 32);
-    PlanKernel<<<Blocks(chunks, 4, l.num_sms), kMoveThreads, 0, l.stream>>>(p, a);
+    const int64_t words = int64_t(g.max_ranks) * g.chunks * g.experts_per_rank;
+    PlanKernel<<<Blocks(words, kMoveThreads, l.num_sms), kMoveThreads, 0, l.stream>>>(p, a);
   }
   WithCodec(l.format, /*encode=*/false, [&](auto codec) {
     if (planned) {

@@ -32,8 +32,9 @@ struct alignas(kAlign) NoticeCell {
 // The numbers of Layout, evaluated once.
 struct Geometry {
   int32_t max_ranks, experts_per_rank, max_tokens, top_k;
-  uint64_t outbox, inbox, message_bytes;  // offsets in a region
-  uint64_t second, rows, row_bytes;       // offsets in a message
+  uint64_t outbox, inbox, message_bytes;    // offsets in a region
+  uint64_t second, picks, rows, row_bytes;  // offsets in a message; bytes of a row
+  int32_t chunks;                           // of the tokens of one rank
 
   explicit Geometry(const Layout& layout)
       : max_ranks(layout.capacity.max_ranks),
@@ -43,9 +44,11 @@ struct Geometry {
         outbox(layout.outbox(0, 0)),
         inbox(layout.inbox(0, 0)),
         message_bytes(layout.message_bytes()),
-        row_bytes(uint64_t(layout.capacity.row_bytes)) {
+        row_bytes(uint64_t(layout.capacity.row_bytes)),
+        chunks(int32_t(layout.capacity.chunks())) {
     const Message message{nullptr, &layout.capacity};
     second = message.second_offset();
+    picks = message.picks_offset();
     rows = message.rows_offset();
   }
   Geometry() = default;
@@ -139,11 +142,13 @@ struct Control {
   NoticeCell notices[kMaxRanks];
 };
 
+// Words of a chunk in a routing plan; odd: no bank conflicts between chunks.
+constexpr int PlanStride(const Geometry& g) { return g.experts_per_rank | 1; }
+
 // Bytes of DeviceState::scratch.
 inline size_t ScratchBytes(const Geometry& g) {
-  const size_t chunks = size_t(g.max_ranks) * ((g.max_tokens + 31) / 32);
-  const size_t stride = size_t(g.experts_per_rank + 31) / 32 * 32 + 1;
-  return (2 * chunks * stride + 3 * stride) * sizeof(int32_t);
+  const size_t chunks = size_t(g.max_ranks) * g.chunks, stride = PlanStride(g);
+  return (2 * chunks * stride + 3 * (stride + 1)) * sizeof(int32_t);
 }
 
 }  // namespace jax_nixlep::cuda

@@ -7,10 +7,11 @@
 namespace jax_nixlep {
 
 // Raised whenever the meaning of a byte in the region changes: members with different versions refuse each other.
-inline constexpr uint32_t kWireVersion = 4;
+inline constexpr uint32_t kWireVersion = 5;
 inline constexpr int kBanks = 2;        // a rank may be one operation ahead of its slowest peer, never two
 inline constexpr int kEpochShift = 48;  // a stamp is epoch << kEpochShift | number of the operation in it
 inline constexpr int kQuantBlock = 128;
+inline constexpr int kChunk = 32;  // tokens that have a bit each in one word
 inline constexpr size_t kAlign = 64;
 
 constexpr size_t AlignUp(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
@@ -22,6 +23,8 @@ struct Capacity {
   int32_t max_tokens = 0;  // per rank and call
   int32_t top_k = 0;
   int64_t row_bytes = 0;  // widest row that travels, scales included
+
+  size_t chunks() const { return size_t(max_tokens + kChunk - 1) / kChunk; }  // of the tokens of one rank
 
   bool operator==(const Capacity&) const = default;
 };
@@ -49,7 +52,8 @@ constexpr uint64_t NoticeWord(uint64_t nonce, uint16_t epoch, uint64_t notice) {
 }
 
 // A message from one rank to another: a table and one row per token of the token's owner.
-//   dispatch: first = expert ids int32 [T, K], second = weights float32 [T, K], rows = tokens
+//   dispatch: first = expert ids int32 [T, K], second = weights float32 [T, K], rows = tokens; between GPUs also
+//             picks uint32 [T / kChunk, E]: which tokens of a chunk go to each expert of the receiver
 //   combine:  first = present int32 [T],       second = scalars float32 [T, K], rows = partial sums
 struct Message {
   std::byte* base = nullptr;
@@ -58,7 +62,10 @@ struct Message {
   size_t choices() const { return size_t(capacity->max_tokens) * capacity->top_k; }
   size_t first_offset() const { return 0; }
   size_t second_offset() const { return AlignUp(choices() * sizeof(int32_t)); }
-  size_t rows_offset() const { return second_offset() + AlignUp(choices() * sizeof(float)); }
+  size_t picks_offset() const { return second_offset() + AlignUp(choices() * sizeof(float)); }
+  size_t rows_offset() const {
+    return picks_offset() + AlignUp(capacity->chunks() * capacity->experts_per_rank * sizeof(uint32_t));
+  }
   size_t row_offset(int token) const { return rows_offset() + size_t(token) * capacity->row_bytes; }
   int32_t* first() const { return reinterpret_cast<int32_t*>(base + first_offset()); }
   float* second() const { return reinterpret_cast<float*>(base + second_offset()); }
@@ -68,7 +75,8 @@ struct Message {
 // Offsets in a region:
 //   control | notices [R] | signals [banks][R] | outbox [banks][R] | inbox [banks][R]
 // Peers that share memory read the sender's outbox (pull); other peers get it written into their inbox (push), which
-// stays untouched, hence without physical memory, where nobody pushes. No size depends on the number of experts.
+// stays untouched, hence without physical memory, where nobody pushes. Only
+// picks grow with the number of experts: a bit for each of a rank's, and token.
 struct Layout {
   Capacity capacity;
 
