@@ -166,8 +166,8 @@ struct Params {
   Divisor segments;  // of a row: what one warp handles at a time
   Divisor tokens;    // max_tokens
   Divisor experts;   // of a rank
-  Divisor chunks;    // of a rank
-  Divisor columns;   // of picks: 32 experts of a rank
+  Divisor rank_chunks;
+  Divisor columns;  // of a chunk in SendPicks: up to 32 experts of a rank each
   int32_t value_bytes, scale_bytes, wire_bytes, row_bytes;
   uint32_t ue8m0, round_scale;
 };

@@ -80,7 +80,7 @@ constexpr std::chrono::seconds kViewTimeout{30};
 }  // namespace
 
 CudaEndpoint::CudaEndpoint(const EndpointOptions& options, int device)
-    : options_(options), device_(device), layout_{options.capacity}, geometry_(layout_) {
+    : options_(options), device_(device), layout_{options.capacity, /*has_picks=*/true}, geometry_(layout_) {
   if (capacity().max_ranks > kMaxRanks) {
     throw EpError("endpoint: max_ranks must be at most " + std::to_string(kMaxRanks) + " on a GPU; got " +
                   std::to_string(capacity().max_ranks));

@@ -117,12 +117,12 @@ __device__ int ChunksOf(int num_tokens) { return (num_tokens + kChunk - 1) / kCh
 __device__ void SendPicks(const Op& op, const Params& p, const SendTokensArgs& a) {
   static_assert(kChunk == kWarp);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int K = p.g.top_k, E = p.g.experts_per_rank, words = (E + kWarp - 1) / kWarp;
+  const int K = p.g.top_k, E = p.g.experts_per_rank, rank_columns = (E + kWarp - 1) / kWarp;
   const int num_units = ChunksOf(a.num_tokens) * int(p.columns.value);
   // From the last block on: the first ones send the other tables.
   for (int unit = warp * gridDim.x + gridDim.x - 1 - blockIdx.x; unit < num_units; unit += gridDim.x * warps) {
     const int chunk = p.columns.Quotient(unit), column = unit - chunk * int(p.columns.value);
-    const int r = words == 1 ? column : column / words, first = (column - r * words) * kWarp;
+    const int r = rank_columns == 1 ? column : column / rank_columns, first = (column - r * rank_columns) * kWarp;
     const int t = chunk * kChunk + lane, count = min(kWarp, E - first);
     if (!op.live[r]) continue;
     uint32_t chosen = 0, picks = 0;
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(1024)
   auto* sent_weights = reinterpret_cast<float*>(message + p.g.second);
   const int num_slots = p.g.max_ranks * p.g.experts_per_rank;
 
-  // The tables go to every peer: all blocks of its receiving half read them.
+  // Tables are brought, not fetched: the receiving half begins with them.
   for (int i = thread; i < choices; i += threads) {
     int32_t id = i == thread ? first_id : a.ids[i];
     const float weight = i == thread ? first_weight : a.weights ? a.weights[i] : 0;
@@ -282,13 +282,13 @@ __global__ void __launch_bounds__(1024)
 // expert in earlier chunks. The row of a token is then
 //   base[expert] + before[chunk][expert] + popcount(picked[chunk][expert] below the token's bit).
 struct Plan {
-  int cpr, chunks, stride;  // chunks of a rank, of all; words of a chunk (odd stride: no bank conflicts)
+  int rank_chunks, chunks, stride;  // of one rank, of all; words of a chunk
   uint32_t* picked;
   int32_t *before, *demand, *kept, *base;
 
   __device__ Plan(const Geometry& g, std::byte* memory) {
-    cpr = g.chunks;
-    chunks = g.max_ranks * cpr;
+    rank_chunks = g.rank_chunks;
+    chunks = g.max_ranks * rank_chunks;
     stride = PlanStride(g);
     picked = reinterpret_cast<uint32_t*>(memory);
     before = reinterpret_cast<int32_t*>(picked + uint64_t(chunks) * stride);
@@ -309,10 +309,10 @@ __device__ void GatherPicks(const Op& op, const Params& p, const Plan& plan, int
   const int words = plan.chunks * p.g.experts_per_rank;
   for (int i = first_block * blockDim.x + threadIdx.x; i < words; i += blocks * blockDim.x) {
     const int chunk = p.experts.Quotient(i), e = i - chunk * p.g.experts_per_rank;
-    const int r = p.chunks.Quotient(chunk), own = chunk - r * plan.cpr;
+    const int r = p.rank_chunks.Quotient(chunk), own = chunk - r * plan.rank_chunks;
     const auto* picks = reinterpret_cast<const uint32_t*>(TablesOf(op, p, r) + p.g.picks);
     const bool sent = op.live[r] && own * kChunk < op.tokens[r];
-    plan.picked[uint64_t(chunk) * plan.stride + e] = sent ? picks[i - r * plan.cpr * p.g.experts_per_rank] : 0;
+    plan.picked[uint64_t(chunk) * plan.stride + e] = sent ? picks[own * p.g.experts_per_rank + e] : 0;
   }
 }
 
@@ -435,7 +435,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
   const int R = p.g.max_ranks, T = p.g.max_tokens, K = p.g.top_k, E = p.g.experts_per_rank, G = p.granules;
   const int segments = p.segments.value;
   const int first_unit = blockIdx.x * warps + warp, num_units = R * T * segments, step = gridDim.x * warps;
-  if (!kPlanned) PrefetchTable(p, p.g.picks, p.g.chunks * E * int(sizeof(uint32_t)));
+  if (!kPlanned) PrefetchTable(p, p.g.picks, p.g.rank_chunks * E * int(sizeof(uint32_t)));
   PrefetchTable(p, 0, T * K * int(sizeof(int32_t)));
   if (a.weighted) PrefetchTable(p, p.g.second, T * K * int(sizeof(float)));
   Begin(op, p, /*sending=*/false);
@@ -477,7 +477,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
     const int r = p.tokens.Quotient(token_index), t = token_index - r * T;
     if (t >= op.tokens[r]) continue;
     const std::byte* token = TokensOf(op, p, r) + p.g.rows + uint64_t(t) * p.g.row_bytes;
-    const int chunk = r * plan.cpr + t / kWarp, bit = t % kWarp;
+    const int chunk = r * plan.rank_chunks + t / kChunk, bit = t % kChunk;
     typename Codec::Loaded loaded[kUnroll];
     bool have = false;
     for (int word = 0; word < words; ++word) {
@@ -533,7 +533,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
     const std::byte* message = TablesOf(op, p, r);
     const auto* ids = reinterpret_cast<const int32_t*>(message) + uint64_t(t) * K;
     const auto* weights = reinterpret_cast<const float*>(message + p.g.second) + uint64_t(t) * K;
-    const int bit = t % kWarp;
+    const int bit = t % kChunk;
     for (int k0 = 0; k0 < K; k0 += kWarp) {
       const int k = k0 + lane;
       const int32_t id = k < K ? ids[k] : -1;
@@ -541,7 +541,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? 2 : 1)
       const int e = id - op.rank * E;
       int row = -1;
       if (id >= 0 && e >= 0 && e < E) {
-        const uint64_t at = uint64_t(r * plan.cpr + t / kWarp) * plan.stride + e;
+        const uint64_t at = uint64_t(r * plan.rank_chunks + t / kChunk) * plan.stride + e;
         const int position = plan.before[at] + __popc(plan.picked[at] & ((1u << bit) - 1));
         if (position < plan.kept[e]) row = plan.base[e] + position;
       }
@@ -899,7 +899,7 @@ __global__ void NotifyKernel(const __grid_constant__ Params p, Notice notice) {
 
 // --- Launches ---
 
-constexpr size_t kSharedPlanBytes = 40 * 1024;
+constexpr size_t kSharedPlanBytes = 40 * 1024;  // beside a kernel's own, of the 48 KB that need no asking
 
 Params MakeParams(const Launch& l, int granules_at_once) {
   const RowFormat& f = l.format;
@@ -915,7 +915,7 @@ Params MakeParams(const Launch& l, int granules_at_once) {
   p.segments = Divisor(uint32_t(std::max(1, (p.granules + kWarp * granules_at_once - 1) / (kWarp * granules_at_once))));
   p.tokens = Divisor(uint32_t(l.geometry.max_tokens));
   p.experts = Divisor(uint32_t(l.geometry.experts_per_rank));
-  p.chunks = Divisor(uint32_t(l.geometry.chunks));
+  p.rank_chunks = Divisor(uint32_t(l.geometry.rank_chunks));
   p.columns = Divisor(uint32_t(l.geometry.max_ranks * ((l.geometry.experts_per_rank + kWarp - 1) / kWarp)));
   p.value_bytes = int32_t(f.value_bytes());
   p.scale_bytes = int32_t(f.scale_bytes());
@@ -983,7 +983,7 @@ void ReceiveTokens(const Launch& l, const ReceiveTokensArgs& a) {
   const size_t limit_bytes = (2 * PlanStride(g) + 1) * sizeof(int32_t);
   const bool planned = plan_bytes > kSharedPlanBytes;
   if (planned) {
-    const int64_t words = int64_t(g.max_ranks) * g.chunks * g.experts_per_rank;
+    const int64_t words = int64_t(g.max_ranks) * g.rank_chunks * g.experts_per_rank;
     PlanKernel<<<Blocks(words, kMoveThreads, l.num_sms), kMoveThreads, 0, l.stream>>>(p, a);
   }
   WithCodec(l.format, /*encode=*/false, [&](auto codec) {

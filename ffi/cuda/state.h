@@ -34,7 +34,7 @@ struct Geometry {
   int32_t max_ranks, experts_per_rank, max_tokens, top_k;
   uint64_t outbox, inbox, message_bytes;    // offsets in a region
   uint64_t second, picks, rows, row_bytes;  // offsets in a message; bytes of a row
-  int32_t chunks;                           // of the tokens of one rank
+  int32_t rank_chunks;                      // chunks of the tokens of one rank
 
   explicit Geometry(const Layout& layout)
       : max_ranks(layout.capacity.max_ranks),
@@ -45,10 +45,10 @@ struct Geometry {
         inbox(layout.inbox(0, 0)),
         message_bytes(layout.message_bytes()),
         row_bytes(uint64_t(layout.capacity.row_bytes)),
-        chunks(int32_t(layout.capacity.chunks())) {
+        rank_chunks(int32_t(layout.capacity.chunks())) {
     const Message message{nullptr, &layout.capacity};
     second = message.second_offset();
-    picks = message.picks_offset();
+    picks = layout.picks();
     rows = message.rows_offset();
   }
   Geometry() = default;
@@ -147,7 +147,7 @@ constexpr int PlanStride(const Geometry& g) { return g.experts_per_rank | 1; }
 
 // Bytes of DeviceState::scratch.
 inline size_t ScratchBytes(const Geometry& g) {
-  const size_t chunks = size_t(g.max_ranks) * g.chunks, stride = PlanStride(g);
+  const size_t chunks = size_t(g.max_ranks) * g.rank_chunks, stride = PlanStride(g);
   return (2 * chunks * stride + 3 * (stride + 1)) * sizeof(int32_t);
 }
 

@@ -52,8 +52,7 @@ constexpr uint64_t NoticeWord(uint64_t nonce, uint16_t epoch, uint64_t notice) {
 }
 
 // A message from one rank to another: a table and one row per token of the token's owner.
-//   dispatch: first = expert ids int32 [T, K], second = weights float32 [T, K], rows = tokens; between GPUs also
-//             picks uint32 [T / kChunk, E]: which tokens of a chunk go to each expert of the receiver
+//   dispatch: first = expert ids int32 [T, K], second = weights float32 [T, K], rows = tokens
 //   combine:  first = present int32 [T],       second = scalars float32 [T, K], rows = partial sums
 struct Message {
   std::byte* base = nullptr;
@@ -62,10 +61,7 @@ struct Message {
   size_t choices() const { return size_t(capacity->max_tokens) * capacity->top_k; }
   size_t first_offset() const { return 0; }
   size_t second_offset() const { return AlignUp(choices() * sizeof(int32_t)); }
-  size_t picks_offset() const { return second_offset() + AlignUp(choices() * sizeof(float)); }
-  size_t rows_offset() const {
-    return picks_offset() + AlignUp(capacity->chunks() * capacity->experts_per_rank * sizeof(uint32_t));
-  }
+  size_t rows_offset() const { return second_offset() + AlignUp(choices() * sizeof(float)); }
   size_t row_offset(int token) const { return rows_offset() + size_t(token) * capacity->row_bytes; }
   int32_t* first() const { return reinterpret_cast<int32_t*>(base + first_offset()); }
   float* second() const { return reinterpret_cast<float*>(base + second_offset()); }
@@ -75,10 +71,12 @@ struct Message {
 // Offsets in a region:
 //   control | notices [R] | signals [banks][R] | outbox [banks][R] | inbox [banks][R]
 // Peers that share memory read the sender's outbox (pull); other peers get it written into their inbox (push), which
-// stays untouched, hence without physical memory, where nobody pushes. Only
-// picks grow with the number of experts: a bit for each of a rank's, and token.
+// stays untouched, hence without physical memory, where nobody pushes. No size depends on the number of experts but
+// that of picks, which follow the rows of a message between GPUs: uint32 [chunks, E], a bit for each token of a chunk
+// that goes to the expert of the receiver.
 struct Layout {
   Capacity capacity;
+  bool has_picks = false;
 
   struct Control {
     uint64_t nonce;          // proves that a mapping is the region its owner described
@@ -87,9 +85,10 @@ struct Layout {
     uint64_t begun[kBanks];  // stamp of the operation whose outbox is being filled or is complete
   };
 
+  size_t picks() const { return AlignUp(Message{nullptr, &capacity}.row_offset(capacity.max_tokens)); }
   size_t message_bytes() const {
-    Message message{nullptr, &capacity};
-    return AlignUp(message.row_offset(capacity.max_tokens));
+    const size_t words = has_picks ? capacity.chunks() * capacity.experts_per_rank : 0;
+    return AlignUp(picks() + words * sizeof(uint32_t));
   }
   size_t notices() const { return AlignUp(sizeof(Control)); }
   size_t notice(int from) const { return notices() + size_t(from) * kAlign; }

@@ -136,7 +136,7 @@ int main(int argc, char** argv) {
   const int64_t most_rows = int64_t(R) * T * std::min(K, E);
   const int64_t C = factor > 0 ? (int64_t(factor * T * K) + 127) / 128 * 128 : most_rows;
   Capacity capacity{R, E, T, K, int64_t(AlignUp(size_t(H) * 2))};
-  const Layout layout{capacity};
+  const Layout layout{capacity, /*has_picks=*/true};
   const Geometry geometry(layout);
   RowFormat format;
   format.type = TokenType::kBfloat16;

@@ -27,13 +27,18 @@ def cases_for(num_ranks):
     cases += [(base, [6] * num_ranks, 6, {"recv_capacity": capacity}) for capacity in (1, 4, 7)]
     cases += [(make_config(max_ranks=num_ranks, hidden=4, top_k=9, max_tokens_per_rank=17), [17] * num_ranks, 7, {})]
     cases += [(make_config(max_ranks=num_ranks + 2, hidden=4), [3] * num_ranks, 8, {})]  # room for two more ranks
+    chunks = make_config(max_ranks=num_ranks, hidden=4, top_k=4, experts_per_rank=33, max_tokens_per_rank=70)
+    cases += [(chunks, [(70, 33, 0, 1, 32, 64)[r % 6] for r in range(num_ranks)], 9, {})]
     return cases
 
 
 def large_cases(num_ranks):
     wide = make_config(max_ranks=num_ranks, dtype="bfloat16", hidden=16384, top_k=36, experts_per_rank=40,
                        max_tokens_per_rank=5, recv_capacity=100)  # fmt: skip
-    planned = make_config(max_ranks=num_ranks, dtype="bfloat16", hidden=512, top_k=8, experts_per_rank=40,
+    long = make_config(max_ranks=num_ranks, dtype="bfloat16", hidden=512, top_k=8, experts_per_rank=40,
+                       max_tokens_per_rank=600, recv_capacity=3000)  # fmt: skip
+    # Above 40 KB the routing plan is made by a kernel of its own.
+    planned = make_config(max_ranks=num_ranks, dtype="bfloat16", hidden=512, top_k=8, experts_per_rank=140,
                           max_tokens_per_rank=600, recv_capacity=3000)  # fmt: skip
     odd = make_config(max_ranks=num_ranks, dtype="bfloat16", hidden=1032, top_k=7, experts_per_rank=5,
                       max_tokens_per_rank=70)  # fmt: skip
@@ -41,7 +46,8 @@ def large_cases(num_ranks):
                             experts_per_rank=8, max_tokens_per_rank=40)  # fmt: skip
     return [
         (wide, [5] * num_ranks, 0, {}),
-        (planned, [600 - 7 * r for r in range(num_ranks)], 1, {"ids": "distinct"}),
+        (long, [600 - 7 * r for r in range(num_ranks)], 1, {"ids": "distinct"}),
+        (planned, [600 - 100 * r for r in range(num_ranks)], 5, {}),
         (odd, [70 - r for r in range(num_ranks)], 2, {}),
         (quantized, [40] * num_ranks, 3, {"dequantize": False, "ids": "distinct"}),
         (quantized, [40 - r for r in range(num_ranks)], 4, {"quantized": True, "ids": "distinct"}),
@@ -75,6 +81,41 @@ def test_large_equals_oracle(gpu_pools, num_ranks, transport):
     answers = check_round_trip(gpu_pools(num_ranks, transport), large_cases(num_ranks))
     peer = answers[0][1]["health"].peers[1]
     assert peer.bytes_in > 0 and peer.bytes_out > 0
+
+
+def rank_steps(job, config, steps):
+    """Operations of one group, each with other tokens than the one before."""
+    import jax
+
+    import jax_nixlep as nx
+
+    job.initialize(config)
+    answers = []
+    for seed, tokens in enumerate(steps):
+        x, ids, weights = make_input(config, job.rank, tokens[job.rank], seed)
+        received = nx.dispatch(x, ids, weights, config=config)
+        y = nx.combine(received.tokens, received.handle, config=config) if any(tokens) else None  # changes the bank
+        answers.append(jax.tree.map(np.asarray, (received, y)))
+    return answers
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("experts", [33, 700])
+def test_nothing_of_an_earlier_operation_is_taken(gpu_pools, experts, transport):
+    config = make_config(hidden=4, top_k=4, experts_per_rank=experts, max_tokens_per_rank=70, recv_capacity=300)
+    steps = [(70, 64), (1, 70), (0, 33), (0, 0), (70, 70), (33, 0), (2, 3)]
+    answers = gpu_pools(2, transport).run(rank_steps, config, steps)
+    for seed, tokens in enumerate(steps):
+        xs, ids, weights = zip(*(make_input(config, r, t, seed) for r, t in enumerate(tokens)), strict=True)
+        expected = oracle.dispatch(xs, ids, weights, config)
+        sums = oracle.combine([e.tokens for e in expected], expected, config)
+        for rank, want in enumerate(expected):
+            received, y = answers[rank][seed]
+            same_bits(received.tokens, want.tokens)
+            np.testing.assert_array_equal(received.group_sizes, want.group_sizes)
+            np.testing.assert_array_equal(received.handle.row_of, want.row_of)
+            if any(tokens):
+                same_bits(y, sums[rank])
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
