@@ -108,10 +108,20 @@ async def complete(client, prompt, began=None):
     return "".join(pieces)
 
 
-def test_64_streams_go_on_through_grow_and_shrink(server):
+@pytest.fixture(scope="module")
+def expected(server):
+    """The answers to PROMPTS of a group that does not change."""
+
+    async def ask():
+        async with server.client() as client:
+            return await asyncio.gather(*(complete(client, prompt) for prompt in PROMPTS))
+
+    return asyncio.run(ask())
+
+
+def test_64_streams_go_on_through_grow_and_shrink(server, expected):
     async def run():
         async with server.client() as client, httpx.AsyncClient(timeout=120) as control:
-            expected = await asyncio.gather(*(complete(client, prompt) for prompt in PROMPTS))
             changed = False
             answers = []
 
@@ -132,9 +142,9 @@ def test_64_streams_go_on_through_grow_and_shrink(server):
             await scale(2, 0)
             changed = True
             await asking
-            return expected, answers
+            return answers
 
-    expected, answers = asyncio.run(run())
+    answers = asyncio.run(run())
     assert len(answers) >= len(PROMPTS) and {i for i, _ in answers} == set(range(len(PROMPTS)))
     assert [i for i, text in answers if text != expected[i]] == []
     assert len(set(expected)) > len(PROMPTS) // 2, "the prompts matter"
@@ -271,38 +281,35 @@ def scale(server, ranks):
     assert answer.status_code == 200, answer.text
 
 
-def test_a_killed_rank_loses_no_request(server):
+def test_a_killed_rank_loses_no_request(server, expected):
     async def run():
         async with server.client() as client:
-            expected = await asyncio.gather(*(complete(client, prompt) for prompt in PROMPTS))
             began = asyncio.Event()
             asking = [asyncio.create_task(complete(client, prompt, began)) for prompt in PROMPTS]
             await began.wait()  # there are more requests than rows
             os.kill(rank_processes(server)[1], signal.SIGKILL)
-            return expected, await asyncio.gather(*asking)
+            return await asyncio.gather(*asking)
 
     scale(server, 3)
     restarts, lost = (server.metric(f"nixlep_serving_{name}_total") for name in ("restarts", "ranks_lost"))
-    expected, answers = asyncio.run(run())
-    assert answers == expected
+    assert asyncio.run(run()) == expected
     assert len(server.get("/health").json()["members"]) == 2
     assert server.metric("nixlep_serving_ranks_lost_total") == lost + 1
     assert server.metric("nixlep_serving_restarts_total") > restarts
 
 
-def test_requests_wait_while_the_ranks_that_are_left_have_no_room_for_all_experts(server):
+def test_requests_wait_while_the_ranks_that_are_left_have_no_room_for_all_experts(server, expected):
     async def run():
         async with server.client() as client:
-            expected = await asyncio.gather(*(complete(client, prompt) for prompt in PROMPTS))
             os.kill(rank_processes(server)[-1], signal.SIGKILL)
             asking = asyncio.gather(*(complete(client, prompt) for prompt in PROMPTS))
             await asyncio.to_thread(wait_until, lambda: server.get("/health").status_code == 503)
             missing = server.get("/health").json()["missing_experts"]
             await asyncio.to_thread(scale, server, 2)
-            return missing, expected, await asking
+            return missing, await asking
 
     scale(server, 2)
-    missing, expected, answers = asyncio.run(run())
+    missing, answers = asyncio.run(run())
     assert len(missing) == 2, "8 experts, 6 slots"
     assert answers == expected
     assert server.get("/health").json()["missing_experts"] == []
