@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import socket
-import threading
 import time
 from pathlib import Path
 
@@ -265,8 +264,8 @@ def test_members_that_differ_are_named(pools):
     assert "members must be equal on every rank; got [0, 1] on rank 0" in caught.value.errors[0]
 
 
-def rank_with_store(job, url, **options):
-    job.initialize(CONFIG, store=url, init_timeout_s=3, **options)
+def rank_with_store(job, url, init_timeout_s=1, **options):
+    job.initialize(CONFIG, store=url, init_timeout_s=init_timeout_s, **options)
 
 
 def test_store_unreachable_refused_or_taken(pools):
@@ -282,7 +281,7 @@ def test_store_unreachable_refused_or_taken(pools):
         assert "StorePortInUseError" in caught.value.errors[0] and str(port) in caught.value.errors[0]
     with StoreServer(secret="right") as server:
         with pytest.raises(RankError) as caught:
-            pools(2).run(rank_with_store, server.url, secret="wrong")
+            pools(2).run(rank_with_store, server.url, secret="wrong", init_timeout_s=20)
         for rank in (0, 1):
             assert "StoreAuthError" in caught.value.errors[rank]
             assert "wrong" not in caught.value.errors[rank].replace("wrong secret", "")
@@ -412,12 +411,8 @@ def test_a_rank_that_leaves_is_named_at_once(pools, transport):
 
 
 def test_a_rank_that_dies_is_named_at_once(pools):
-    pool = pools(2)
-    killer = threading.Timer(6.0, os.kill, (pool.pid(1), signal.SIGKILL))
-    killer.start()
     with pytest.raises(RankError) as caught:
-        pool.run(rank_killed, timeout_s=25)
-    killer.join()
+        pools(2).run(rank_killed, timeout_s=25)
     assert "died with exit code -9" in caught.value.errors[1]
     assert re.search("AssertionError: dispatch .*rank 1 is dead", caught.value.errors[0])
 
@@ -425,7 +420,8 @@ def test_a_rank_that_dies_is_named_at_once(pools):
 def rank_killed(job):
     job.initialize(CONFIG, timeout_s=60)
     if job.rank == 1:
-        time.sleep(60)
+        time.sleep(2)  # rank 0 waits
+        os.kill(os.getpid(), signal.SIGKILL)
     x, ids, weights = make_input(CONFIG, 0, 5, 0)
     try:
         jax.block_until_ready(nx.dispatch(x, ids, weights, config=CONFIG))
