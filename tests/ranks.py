@@ -94,11 +94,10 @@ class RankPool:
     def close(self) -> None:
         for pipe in self._pipes:
             pipe.close()
+        for process in self._processes:  # each has shut its group down, if it answered: there is nothing to wait for
+            process.kill()
         for process in self._processes:
             process.join(3)
-            if process.is_alive():
-                process.kill()
-                process.join(3)
         self._server.close()
 
 
