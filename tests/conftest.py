@@ -1,15 +1,24 @@
 """Fixtures shared by the suite: pools of rank processes."""
 
 import os
+import shutil
+import tempfile
 
 # Before jax is imported: the test process has eight devices, which is how meshes are tested in one process.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["NPROC"] = "32"  # an exchange blocks a thread of each of them
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # tests compile much and compute little: less than half the time
+# Ranks compile the same programs: those that come later find them.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="nixlep-programs-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import pytest
 from ranks import RankPool, without_job
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from jax_nixlep.store.tcp import StoreServer
 
 def child_env(**changes: str) -> dict[str, str]:
     """The environment of a program started by a test: the user's, without what is meant for the test process."""
-    ours = ("XLA_FLAGS", "NPROC", "JAX_NIXLEP_P2P")
+    ours = ("XLA_FLAGS", "NPROC", "JAX_NIXLEP_P2P", "JAX_COMPILATION_CACHE_DIR")
     return {name: value for name, value in os.environ.items() if name not in ours} | {"JAX_PLATFORMS": "cpu"} | changes
 
 
@@ -143,6 +143,7 @@ def _environment(rank: int, env: dict[str, str]) -> Iterator[None]:
     os.environ.update({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"} | env)
     if num_gpus := int(env.get("JAX_NIXLEP_TEST_GPUS", 0)):
         os.environ["CUDA_VISIBLE_DEVICES"] = str(rank % num_gpus)
+        os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # for the tests on CPUs, which are many
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """The runner of upstream's plan files: files as upstream writes them, holes, kills and returns, and refusals."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -14,7 +15,8 @@ PLANS = pathlib.Path(__file__).parent / "plans"
 
 
 def run(path, *options, transport="shared"):
-    env = child_env(JAX_NIXLEP_P2P="0" if transport == "nixl" else "1")
+    programs = os.environ["JAX_COMPILATION_CACHE_DIR"]  # ranks that come later compile nothing
+    env = child_env(JAX_NIXLEP_P2P="0" if transport == "nixl" else "1", JAX_COMPILATION_CACHE_DIR=programs)
     command = [sys.executable, "-m", "jax_nixlep.plan", str(path), *options]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
