@@ -41,7 +41,7 @@ DEEPSEEK = SMALL | {
     "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
     "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 20,
 }  # fmt: skip
-# Of each family the first runs on four ranks and on a mesh too, the others on one rank.
+# Of each family the first runs on all numbers of ranks and on meshes, the others on one rank.
 CASES = {
     "mixtral": ("Mixtral", SMALL | {"intermediate_size": 48, "num_local_experts": 8, "num_experts_per_tok": 2}),
     "qwen3": ("Qwen3Moe", SMALL | {
@@ -75,7 +75,7 @@ CASES = {
     }),
 }  # fmt: skip
 FAMILIES = list(CASES)[:5]
-RANKS = [(case, 1) for case in CASES] + [(case, 4) for case in FAMILIES]
+RANKS = [(case, 1) for case in CASES] + [(case, ranks) for case in FAMILIES for ranks in (2, 4)]
 
 
 @dataclasses.dataclass
