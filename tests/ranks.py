@@ -143,7 +143,6 @@ def _environment(rank: int, env: dict[str, str]) -> Iterator[None]:
     os.environ.update({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"} | env)
     if num_gpus := int(env.get("JAX_NIXLEP_TEST_GPUS", 0)):
         os.environ["CUDA_VISIBLE_DEVICES"] = str(rank % num_gpus)
-        os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # for the tests on CPUs, which are many
     try:
         yield
     finally:

@@ -163,8 +163,8 @@ def test_quantized_input_equals_oracle(pools, num_ranks, transport):
     check_round_trip(pools(num_ranks, transport), quantized_cases(num_ranks))
 
 
-# A group of one has no transport; three over shared memory: test_any_shape.
-@pytest.mark.parametrize(("num_ranks", "transport"), [(1, "shared"), (2, "shared"), (4, "shared"), (3, "nixl")])
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 def test_equals_oracle(pools, num_ranks, transport):
     base = make_config(max_ranks=num_ranks, experts_per_rank=3)
     cases = [(base, [6] * num_ranks, 0, {})]

@@ -30,6 +30,7 @@ def gpu_env(transport="pointer", buffers="graphs"):
         # Without autotuning programs compile sooner, and equal matmuls are equal in all of them.
         "XLA_FLAGS": _FLAGS[buffers] + " --xla_gpu_autotune_level=0",
         "UCX_LOG_LEVEL": "error",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # that of the tests on CPUs
         "JAX_NIXLEP_TEST_GPUS": str(NUM_GPUS),
     }
 
