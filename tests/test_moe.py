@@ -90,7 +90,7 @@ def rank_layer(job, biases, chunk_tokens):
 # Each number of ranks, either transport, and the layer with and without biases and chunks on several ranks.
 @pytest.mark.parametrize(
     ("num_ranks", "transport", "biases", "chunk_tokens"),
-    [(1, "shared", True, 5), (4, "shared", False, None), (4, "shared", True, 5), (2, "nixl", False, None)],
+    [(1, "shared", True, 5), (4, "shared", False, None), (4, "shared", True, 5), (2, "nixl", True, 5)],
 )
 def test_independent_processes(pools, num_ranks, transport, biases, chunk_tokens):
     answers = pools(num_ranks, transport).run(rank_layer, biases, chunk_tokens)
