@@ -85,9 +85,6 @@ class RankPool:
             raise RankError(errors, tracebacks, results)
         return [results[rank] for rank in ranks]
 
-    def pid(self, rank: int) -> int:
-        return self._processes[rank].pid
-
     def alive(self) -> bool:
         return all(process.is_alive() for process in self._processes)
 

@@ -110,8 +110,6 @@ struct Fp8Codec {
 
 // --- Sending tokens: every token is written once, into the message that all peers read. ---
 
-__device__ int ChunksOf(int num_tokens) { return (num_tokens + kChunk - 1) / kChunk; }
-
 // Which tokens of each chunk go to each expert: a word, for the expert's rank, in which a repeated id counts once. So
 // peers need not look through all choices to find theirs.
 __device__ void SendPicks(const Op& op, const Params& p, const SendTokensArgs& a) {

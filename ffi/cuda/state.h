@@ -45,7 +45,7 @@ struct Geometry {
         inbox(layout.inbox(0, 0)),
         message_bytes(layout.message_bytes()),
         row_bytes(uint64_t(layout.capacity.row_bytes)),
-        rank_chunks(int32_t(layout.capacity.chunks())) {
+        rank_chunks(ChunksOf(layout.capacity.max_tokens)) {
     const Message message{nullptr, &layout.capacity};
     second = message.second_offset();
     picks = layout.picks();

@@ -15,6 +15,7 @@ inline constexpr int kChunk = 32;  // tokens that have a bit each in one word
 inline constexpr size_t kAlign = 64;
 
 constexpr size_t AlignUp(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+constexpr int ChunksOf(int num_tokens) { return (num_tokens + kChunk - 1) / kChunk; }
 
 // Capacities of a group; the numbers of EpConfig.
 struct Capacity {
@@ -23,8 +24,6 @@ struct Capacity {
   int32_t max_tokens = 0;  // per rank and call
   int32_t top_k = 0;
   int64_t row_bytes = 0;  // widest row that travels, scales included
-
-  size_t chunks() const { return size_t(max_tokens + kChunk - 1) / kChunk; }  // of the tokens of one rank
 
   bool operator==(const Capacity&) const = default;
 };
@@ -87,7 +86,7 @@ struct Layout {
 
   size_t picks() const { return AlignUp(Message{nullptr, &capacity}.row_offset(capacity.max_tokens)); }
   size_t message_bytes() const {
-    const size_t words = has_picks ? capacity.chunks() * capacity.experts_per_rank : 0;
+    const size_t words = has_picks ? size_t(ChunksOf(capacity.max_tokens)) * capacity.experts_per_rank : 0;
     return AlignUp(picks() + words * sizeof(uint32_t));
   }
   size_t notices() const { return AlignUp(sizeof(Control)); }
