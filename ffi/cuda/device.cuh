@@ -40,6 +40,13 @@ __device__ inline void StoreRelease(uint64_t* p, uint64_t value) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
 }
 
+// atomicInc that sees what those before it wrote; a fence would take several times as long.
+__device__ inline uint32_t IncrementAcquire(uint32_t* p, uint32_t most) {
+  uint32_t before;
+  asm volatile("atom.acquire.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(most) : "memory");
+  return before;
+}
+
 __device__ inline uint64_t Now() {
   uint64_t ns;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
@@ -164,17 +171,18 @@ struct Params {
   float* order;
   int32_t granules;  // of a row
   Divisor segments;  // of a row: what one warp handles at a time
+  Divisor ranks;     // max_ranks
   Divisor tokens;    // max_tokens
   Divisor experts;   // of a rank
   Divisor rank_chunks;
-  Divisor columns;  // of a chunk in SendPicks: up to 32 experts of a rank each
+  Divisor columns;  // of a chunk of picks: up to 32 experts of a rank each
   int32_t value_bytes, scale_bytes, wire_bytes, row_bytes;
   uint32_t ue8m0, round_scale;
 };
 
 struct Op {
   std::byte* region;
-  uint64_t stamp, deadline_ns;
+  uint64_t stamp, begun_ns, deadline_ns;
   int bank, rank;
   int bad;  // nothing may be believed: outputs are poisoned
   int num_put_peers;
@@ -200,9 +208,27 @@ struct Op {
   }
 };
 
-// A line that will be read: into L2, where it is at home, hence always fresh. Never of a peer's memory: each such line
-// takes 20 ns of NVLink, one after the other.
+// Rows are pulled where that is possible; tables were always brought.
+__device__ inline const std::byte* TablesOf(const Op& op, const Params& p, int r) {
+  return op.inbox(p.g, op.region, r);
+}
+__device__ inline const std::byte* TokensOf(const Op& op, const Params& p, int r) {
+  return op.pointer[r] ? op.outbox(p.g, op.pointer[r], r) : op.inbox(p.g, op.region, r);
+}
+
+// What will be read: into L2, where it is at home, hence always fresh. Never of a peer's memory: each such line takes
+// 20 ns of NVLink, one after the other.
 __device__ inline void Prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+inline constexpr int kLineBytes = 128;
+// A range, by one warp.
+__device__ inline void PrefetchRange(const std::byte* p, int num_bytes) {
+#pragma unroll 1
+  for (int i = threadIdx.x % kWarp * kLineBytes; i < num_bytes; i += kWarp * kLineBytes) Prefetch(p + i);
+}
+// A range of whole 16 bytes, by one thread. Of memory that is there: a plain prefetch may name any.
+__device__ inline void PrefetchBulk(const std::byte* p, int num_bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(num_bytes) : "memory");
+}
 
 // Writes to row `to` of the peers' regions, from this rank's.
 template <ucs_device_level_t kLevel>
@@ -250,7 +276,7 @@ __device__ inline void TellPeers(const Op& op, const Params& p, Notice notice) {
 }
 
 // Ends this and all later operations of the endpoint, and tells the peers. One thread.
-__device__ __noinline__ static void Fail(Op& op, const Params& p, Failure why, int peer, uint64_t other_tag = 0) {
+__device__ __noinline__ inline void Fail(Op& op, const Params& p, Failure why, int peer, uint64_t other_tag = 0) {
   DeviceState& state = p.control->state;
   op.bad = 1;
   if (atomicCAS(&state.failed, 0u, uint32_t(why)) != 0) return;
@@ -265,24 +291,32 @@ __device__ __noinline__ static void Fail(Op& op, const Params& p, Failure why, i
 
 inline constexpr uint64_t kMercyNs = 150'000'000;  // _GRACE_S of elastic/boundary.py
 
-// Loads the operation. All threads of the block.
-__device__ inline void Begin(Op& op, const Params& p, bool sending) {
+inline constexpr int kStateWarps = 2;  // load the state in Begin
+
+// Loads the operation; `meanwhile()` is done while that is on its way. All threads of the block, at least kStateWarps.
+template <typename Meanwhile>
+__device__ inline void Begin(Op& op, const Params& p, bool sending, Meanwhile meanwhile) {
   const DeviceState& state = p.control->state;
   for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
     const PeerEntry& peer = state.peers[r];
-    if (!sending) Prefetch(&p.control->signals[0][r]), Prefetch(&p.control->signals[1][r]);
+    if (!sending) {
+      Prefetch(&p.control->signals[0][r]), Prefetch(&p.control->signals[1][r]);
+      Prefetch(&p.control->notices[r].given_up);
+    }
     op.pointer[r] = peer.pointer;
     op.control[r] = peer.control;
     op.nonce[r] = peer.nonce;
     op.live[r] = (peer.member != 0) & (peer.masked == 0);
     op.tokens[r] = 0;
   }
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == kWarp) {  // not of the warp above: each would wait for its own
     const Geometry& own = state.geometry;
     // No short circuits: all these loads are to be under way together.
     const uint64_t started = state.started, current = state.current, timeout_ns = state.timeout_ns;
     const uint64_t begun0 = state.begun_ns[0], begun1 = state.begun_ns[1], finished = state.finished;
     const uint64_t overlapped0 = state.overlapped[0], overlapped1 = state.overlapped[1];
+    op.begun_ns = Now();
+    if (sending) Prefetch(&state.tails);
     op.bad = (state.active == 0) | (state.failed != 0) | (own.max_ranks != p.g.max_ranks) |
              (own.max_tokens != p.g.max_tokens) | (own.top_k != p.g.top_k) |
              (own.experts_per_rank != p.g.experts_per_rank) | (own.row_bytes != p.g.row_bytes);
@@ -302,11 +336,15 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending) {
     op.wait_for_bank = (overlapped != 0) & (overlapped == op.stamp - kBanks);
     op.flag = 0;
   }
+  meanwhile();
   __syncthreads();
+}
+__device__ inline void Begin(Op& op, const Params& p, bool sending) {
+  Begin(op, p, sending, [] {});
 }
 
 // Settles for all blocks whether `peer` was in time, once its deadline has passed. True: it was not.
-__device__ __noinline__ static bool DecideTimeout(Op& op, const Params& p, int peer, bool timed_out) {
+__device__ __noinline__ inline bool DecideTimeout(Op& op, const Params& p, int peer, bool timed_out) {
   DeviceState& state = p.control->state;
   auto* word = reinterpret_cast<unsigned long long*>(&state.peers[peer].decision);
   unsigned long long seen = atomicAdd(word, 0ull);
@@ -341,7 +379,7 @@ __device__ inline bool HasStopped(const Op& op, const Params& p, int peer) {
 
 // True if the host ends the operation, which waits for `peer`; else says whether it knows the peer to be dead. To be
 // asked now and then, by few: it takes a trip to the host.
-__device__ __noinline__ static bool StoppedByHost(Op& op, const Params& p, int peer, bool& dead) {
+__device__ __noinline__ inline bool StoppedByHost(Op& op, const Params& p, int peer, bool& dead) {
   const FailureReport& host = *p.control->state.report;
   const auto stop = Stop(LoadRelaxed(&host.stop));
   dead = LoadRelaxed(&host.dead[peer]) != 0;
@@ -359,7 +397,7 @@ inline constexpr int kGlancesPerLook = 32;
 inline constexpr unsigned kPauseNs = 100;
 
 // Waits for one peer's message. One thread.
-__device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
+__device__ __noinline__ inline void AwaitPeer(Op& op, const Params& p, int r) {
   DeviceState& state = p.control->state;
   const SignalCell& cell = p.control->signals[op.bank][r];
   const bool by_put = op.pointer[r] == nullptr;
@@ -428,23 +466,22 @@ __device__ __noinline__ static void AwaitPeer(Op& op, const Params& p, int r) {
   }
 }
 
-// Waits for all live members. All threads of the block; on return `live`, `tokens` and `bad` are settled.
+// Waits for all live members. All threads of the block, at least kMaxRanks; on return `live`, `tokens` and `bad` are
+// settled.
 __device__ inline void AwaitAll(Op& op, const Params& p) {
-  if (!op.bad) {
-    for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-      if (!op.live[r]) continue;
-      // The common case first, and short: code has to be fetched, too.
-      const Signal& signal = p.control->signals[op.bank][r].signal;
-      const uint64_t tag = LoadRelaxed(&signal.tag), tokens = LoadRelaxed(&signal.num_tokens);
-      const uint64_t check = LoadRelaxed(&signal.check), given_up = LoadRelaxed(&p.control->notices[r].given_up);
-      const uint64_t stamp = LoadAcquire(&signal.stamp);
-      if ((stamp == op.stamp) & (check == Signal::Check(op.nonce[r], stamp, tag, tokens)) & (tag == p.tag) &
-          (((given_up - op.nonce[r]) ^ op.stamp) >> kEpochShift != 0) & (tokens <= uint64_t(p.g.max_tokens)) &
-          (op.pointer[r] != nullptr) & (Now() < op.deadline_ns)) {
-        op.tokens[r] = int(tokens);
-      } else {
-        AwaitPeer(op, p, r);
-      }
+  const int r = threadIdx.x;  // no loop: what it kept would come from local memory, which the acquiring load drops
+  if (r < p.g.max_ranks && op.live[r] && !op.bad) {
+    // The common case first, and short: code has to be fetched, too.
+    const Signal& signal = p.control->signals[op.bank][r].signal;
+    const uint64_t tag = LoadRelaxed(&signal.tag), tokens = LoadRelaxed(&signal.num_tokens);
+    const uint64_t check = LoadRelaxed(&signal.check), given_up = LoadRelaxed(&p.control->notices[r].given_up);
+    const uint64_t stamp = LoadAcquire(&signal.stamp);
+    if ((stamp == op.stamp) & (check == Signal::Check(op.nonce[r], stamp, tag, tokens)) & (tag == p.tag) &
+        (((given_up - op.nonce[r]) ^ op.stamp) >> kEpochShift != 0) & (tokens <= uint64_t(p.g.max_tokens)) &
+        (op.pointer[r] != nullptr) & (Now() < op.deadline_ns)) {
+      op.tokens[r] = int(tokens);
+    } else {
+      AwaitPeer(op, p, r);
     }
   }
   __syncthreads();
@@ -456,15 +493,14 @@ __device__ inline bool IsLast(Op& op, uint32_t* counter, uint32_t count) {
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence_system();
-    op.flag = count == 1 || atomicInc(counter, count - 1) == count - 1;
-    if (count > 1) __threadfence();
+    op.flag = count == 1 || IncrementAcquire(counter, count - 1) == count - 1;
   }
   __syncthreads();
   return op.flag;
 }
 
 // Sets bytes of an output, with all threads of the grid.
-__device__ __noinline__ static void Fill(void* data, uint64_t num_bytes, uint32_t pattern) {
+__device__ __noinline__ inline void Fill(void* data, uint64_t num_bytes, uint32_t pattern) {
   if (!data) return;
   const uint64_t index = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = uint64_t(gridDim.x) * blockDim.x;
   auto* bytes = static_cast<uint8_t*>(data);
@@ -482,7 +518,7 @@ __device__ inline void SignalByPointer(const Op& op, const Params& p, int to, in
   StoreRelaxed(&signal->check, Signal::Check(op.nonce[op.rank], op.stamp, p.tag, uint64_t(num_tokens)));
   StoreRelaxed(&signal->stamp, op.stamp);  // the fences of IsLast came before; `check` ties the four words together
 }
-__device__ __noinline__ static void SignalByPut(const Op& op, const Params& p, int to, int num_tokens) {
+__device__ __noinline__ inline void SignalByPut(const Op& op, const Params& p, int to, int num_tokens) {
   SignalCell* own = &p.control->signals[op.bank][op.rank];
   if (threadIdx.x % kWarp == 0) {  // several warps may write the same words
     StoreRelaxed(&own->signal.tag, p.tag);
@@ -510,7 +546,7 @@ __device__ __noinline__ static void SignalByPut(const Op& op, const Params& p, i
 // Before the first write of a sending half: the peers must have finished reading what the bank held. Operations one
 // after the other imply it (a peer that answers has finished the one before); where two were in flight it is waited
 // for. All members run the same program, so this rank knows from its own order where that was.
-__device__ __noinline__ static void AwaitBankSlow(Op& op, const Params& p) {
+__device__ __noinline__ inline void AwaitBankSlow(Op& op, const Params& p) {
   const DeviceState& state = p.control->state;
   const uint64_t deadline = Now() + state.timeout_ns;
   for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
@@ -537,53 +573,55 @@ __device__ inline void AwaitBank(Op& op, const Params& p) {
   if (op.wait_for_bank && !op.bad) AwaitBankSlow(op, p);
 }
 
-// Counts the blocks that have read the state; EndSend uses the answer, by when it has arrived.
-__device__ inline uint32_t PassHead(const Params& p) {
-  return threadIdx.x == 0 ? atomicInc(&p.control->state.heads, gridDim.x * gridDim.y - 1) : 0;
+// Names the operation to its receiving half. All threads.
+__device__ inline void StoreTicket(const Op& op, const Params& p) {
+  if (threadIdx.x != 0 || !p.ticket) return;
+  *p.ticket = op.stamp;
+  if (p.order) *p.order = 0;
 }
 
-__device__ inline void EndSend(const Op& op, const Params& p, uint32_t head, uint64_t begun_ns) {
-  if (threadIdx.x != 0 || head != gridDim.x * gridDim.y - 1) return;
+// The operation is started. The last block, when all others have read the state.
+__device__ inline void EndSend(const Op& op, const Params& p) {
+  if (threadIdx.x != 0) return;
   DeviceState& state = p.control->state;
-  if (!op.bad) {
-    state.started = state.current = op.stamp;
-    state.begun_ns[op.bank] = begun_ns;
-    if (op.overlaps) state.overlapped[1 - op.bank] = op.stamp - 1;
-    atomicAdd(&state.operations, 1ull);
+  state.started = state.current = op.stamp;
+  state.begun_ns[op.bank] = op.begun_ns;
+  if (op.overlaps) state.overlapped[1 - op.bank] = op.stamp - 1;
+  atomicAdd(&state.operations, 1ull);
+  StoreTicket(op, p);
+}
+
+// The last words of a receiving half.
+__device__ inline void FinishReceive(const Op& op, const Params& p) {
+  if (blockIdx.x != 0 || threadIdx.x != 0) return;
+  if (p.order) *p.order = 0;
+  p.control->state.finished = op.stamp;
+}
+
+// After the last read, where another operation is in flight: the peers may use the bank again. All threads.
+__device__ __noinline__ inline void ReleaseBank(Op& op, const Params& p) {
+  if (!IsLast(op, &p.control->state.tails, gridDim.x)) return;
+  for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
+    if (r == op.rank) StoreRelease(&p.control->notices[r].finished, op.nonce[r] + op.stamp);
   }
-  if (p.ticket) {
-    *p.ticket = op.stamp;
-    if (p.order) *p.order = 0;
+  __syncthreads();
+  for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
+    if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::finished, op.stamp);
   }
 }
 
-// After the last read of a receiving half. False: a peer whose data was read has gone on, so that it may have been
-// overwritten. All threads.
-__device__ inline bool EndReceive(Op& op, const Params& p, bool pulled) {
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    if (p.order) *p.order = 0;
-    p.control->state.finished = op.stamp;
+// After the last read of a receiving half that reads the peers' memory. False: a peer has gone on, so that it may have
+// been overwritten. All threads.
+__device__ inline bool EndReceive(Op& op, const Params& p) {
+  FinishReceive(op, p);
+  bool gave_up = false;
+  for (int r = threadIdx.x % kWarp; r < p.g.max_ranks; r += kWarp) {  // each warp for what it has read
+    if (r == op.rank || !op.live[r] || Now() < op.safe_until_ns || !GaveUp(op, p, r)) continue;
+    Fail(op, p, Failure::kOverwritten, r);
+    gave_up = true;
   }
-  if (op.bad) return true;
-  if (pulled) {
-    __syncthreads();
-    bool gave_up = false;
-    for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-      if (r == op.rank || !op.live[r] || Now() < op.safe_until_ns || !GaveUp(op, p, r)) continue;
-      Fail(op, p, Failure::kOverwritten, r);
-      gave_up = true;
-    }
-    if (__syncthreads_or(gave_up)) return false;
-  }
-  if (op.overlaps && IsLast(op, &p.control->state.tails, gridDim.x)) {
-    for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-      if (r == op.rank) StoreRelease(&p.control->notices[r].finished, op.nonce[r] + op.stamp);
-    }
-    __syncthreads();
-    for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-      if (r != op.rank && op.live[r]) SetNotice(op, p, r, &NoticeCell::finished, op.stamp);
-    }
-  }
+  if (__syncthreads_or(gave_up)) return false;
+  if (op.overlaps) ReleaseBank(op, p);
   return true;
 }
 

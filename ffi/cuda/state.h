@@ -127,7 +127,7 @@ struct DeviceState {
   FailureReport* report;
   std::byte* scratch;  // of the routing plan
   // Blocks that passed a point of the running kernel; back at zero when the last one has.
-  uint32_t heads, tails, arrivals[kMaxRanks];
+  uint32_t tails, arrivals[kMaxRanks];
   uint32_t invalid_now;
   // From here on: counted as long as the endpoint lives. What is above is written anew for each epoch.
   unsigned long long operations, dropped_rows, invalid_ids;

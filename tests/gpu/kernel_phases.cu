@@ -1,7 +1,7 @@
 // The kernels alone, all ranks in one process: microseconds of each phase, with the L2 cache evicted before. Rank r is
 // on GPU r % GPUS (environment; 1). For tuning: what tests/gpu/phases.py measures through JAX and NIXL, without either.
 //   nvcc -std=c++20 -arch=sm_90 -O3 -fmad=false --expt-relaxed-constexpr -Iffi -isystem UCX/include \
-//       tests/gpu/kernel_phases.cu ffi/cuda/kernels.cu -o kernel_phases
+//       tests/gpu/kernel_phases.cu ffi/cuda/*.cu -o kernel_phases
 //   ./kernel_phases RANKS TOKENS HIDDEN EXPERTS_PER_RANK TOP_K ITERATIONS FP8 CAPACITY_FACTOR
 #include <algorithm>
 #include <cmath>

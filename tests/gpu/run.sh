@@ -39,7 +39,7 @@ fi
 
 if [[ $steps == *sanitizer* ]]; then
   nvcc -std=c++20 -arch=sm_90 -O3 -lineinfo -fmad=false --expt-relaxed-constexpr -Iffi -isystem $UCX/include \
-    tests/gpu/kernel_phases.cu ffi/cuda/kernels.cu -o /tmp/kernel_phases
+    tests/gpu/kernel_phases.cu ffi/cuda/*.cu -o /tmp/kernel_phases
   for tool in memcheck racecheck synccheck; do
     for case in "4 5 1024 3 8 1 0 0" "2 130 1024 40 8 1 0 1.5" "4 9 1024 8 4 1 1 0" "4 33 1024 650 8 1 0 1.5"; do
       echo "$tool: $case"
