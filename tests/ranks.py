@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jax_nixlep import launch
 from jax_nixlep.store.tcp import StoreServer
 
 
@@ -46,7 +47,7 @@ class RankPool:
             ours, theirs = context.Pipe()
             arguments = (theirs, rank, num_ranks, self._server.url, list(sys.path))
             process = context.Process(target=_serve, args=arguments, daemon=True)
-            with _environment(rank, env or {}):
+            with _environment(rank, num_ranks, env or {}):
                 process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -133,13 +134,13 @@ class Job:
 
 
 @contextlib.contextmanager
-def _environment(rank: int, env: dict[str, str]) -> Iterator[None]:
+def _environment(rank: int, num_ranks: int, env: dict[str, str]) -> Iterator[None]:
     """That of a process that is started now: it reads its own before it can be told anything, as jax is imported."""
     before = dict(os.environ)
     os.environ.pop("NPROC", None)
     os.environ.update({"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"} | env)
     if num_gpus := int(env.get("JAX_NIXLEP_TEST_GPUS", 0)):
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(rank % num_gpus)
+        os.environ.update(launch.gpu_env(rank, num_ranks, num_gpus))
     try:
         yield
     finally:

@@ -14,18 +14,15 @@ import os
 import statistics
 import sys
 
+from jax_nixlep import launch
+
 WARM_UP = 3
 EVICT_BYTES = 1 << 29
 
 
 def run_rank(rank, ranks, url, barrier, args, results):
-    os.environ |= {
-        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-        "CUDA_MODULE_LOADING": "EAGER",
-        "XLA_FLAGS": "--xla_gpu_enable_command_buffer=",
-        "UCX_LOG_LEVEL": "error",
-        "CUDA_VISIBLE_DEVICES": str(rank % int(os.environ.get("JAX_NIXLEP_TEST_GPUS") or 1)),
-    }
+    os.environ |= launch.gpu_env(rank, ranks, int(os.environ.get("JAX_NIXLEP_TEST_GPUS") or 1))
+    os.environ |= {"XLA_FLAGS": "--xla_gpu_enable_command_buffer=", "UCX_LOG_LEVEL": "error"}
     import jax
     import jax.numpy as jnp
     import numpy as np
