@@ -309,14 +309,14 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending, Meanwhile me
     op.live[r] = (peer.member != 0) & (peer.masked == 0);
     op.tokens[r] = 0;
   }
-  if (threadIdx.x == kWarp) {  // not of the warp above: each would wait for its own
+  if (threadIdx.x == kWarp) {  // another warp than the first peers': one would wait for both, one after the other
     const Geometry& own = state.geometry;
     // No short circuits: all these loads are to be under way together.
     const uint64_t started = state.started, current = state.current, timeout_ns = state.timeout_ns;
     const uint64_t begun0 = state.begun_ns[0], begun1 = state.begun_ns[1], finished = state.finished;
     const uint64_t overlapped0 = state.overlapped[0], overlapped1 = state.overlapped[1];
     op.begun_ns = Now();
-    if (sending) Prefetch(&state.tails);
+    if (sending) Prefetch(&state.tails);  // and the first counters after it
     op.bad = (state.active == 0) | (state.failed != 0) | (own.max_ranks != p.g.max_ranks) |
              (own.max_tokens != p.g.max_tokens) | (own.top_k != p.g.top_k) |
              (own.experts_per_rank != p.g.experts_per_rank) | (own.row_bytes != p.g.row_bytes);
@@ -488,12 +488,13 @@ __device__ inline void AwaitAll(Op& op, const Params& p) {
 }
 
 // True in the last of `count` blocks to come here; what the others wrote before is then visible to it, and what it
-// signals is visible after all that to every reader in the system. All threads.
+// signals is visible after all that to every reader in the system. Never true once the operation has failed in one of
+// them. All threads.
 __device__ inline bool IsLast(Op& op, uint32_t* counter, uint32_t count) {
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence_system();
-    op.flag = count == 1 || IncrementAcquire(counter, count - 1) == count - 1;
+    op.flag = !op.bad && (count == 1 || IncrementAcquire(counter, count - 1) == count - 1);
   }
   __syncthreads();
   return op.flag;
@@ -575,7 +576,7 @@ __device__ inline void AwaitBank(Op& op, const Params& p) {
 
 // Names the operation to its receiving half. All threads.
 __device__ inline void StoreTicket(const Op& op, const Params& p) {
-  if (threadIdx.x != 0 || !p.ticket) return;
+  if (blockIdx.x + blockIdx.y + threadIdx.x || !p.ticket) return;
   *p.ticket = op.stamp;
   if (p.order) *p.order = 0;
 }
@@ -588,14 +589,13 @@ __device__ inline void EndSend(const Op& op, const Params& p) {
   state.begun_ns[op.bank] = op.begun_ns;
   if (op.overlaps) state.overlapped[1 - op.bank] = op.stamp - 1;
   atomicAdd(&state.operations, 1ull);
-  StoreTicket(op, p);
 }
 
-// The last words of a receiving half.
+// For the kernels that follow in this stream, the operation is over.
 __device__ inline void FinishReceive(const Op& op, const Params& p) {
   if (blockIdx.x != 0 || threadIdx.x != 0) return;
   if (p.order) *p.order = 0;
-  p.control->state.finished = op.stamp;
+  if (!op.bad) p.control->state.finished = op.stamp;
 }
 
 // After the last read, where another operation is in flight: the peers may use the bank again. All threads.
@@ -614,6 +614,7 @@ __device__ __noinline__ inline void ReleaseBank(Op& op, const Params& p) {
 // been overwritten. All threads.
 __device__ inline bool EndReceive(Op& op, const Params& p) {
   FinishReceive(op, p);
+  __syncwarp();
   bool gave_up = false;
   for (int r = threadIdx.x % kWarp; r < p.g.max_ranks; r += kWarp) {  // each warp for what it has read
     if (r == op.rank || !op.live[r] || Now() < op.safe_until_ns || !GaveUp(op, p, r)) continue;

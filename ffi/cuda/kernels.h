@@ -85,8 +85,6 @@ constexpr int ControlRow(int peer, int max_ranks) { return max_ranks + peer; }
 
 // Loads every kernel now: a first use later could wait behind a kernel that waits for a peer.
 cudaError_t Preload();
-cudaError_t PreloadTokens();  // parts of it
-cudaError_t PreloadSums();
 // Stores the pointer through which row i of `remote_view` can be reached where wanted[i] != 0, or null.
 cudaError_t FindPointers(void* remote_view, int num_rows, const uint32_t* wanted, std::byte** pointers,
                          cudaStream_t stream);

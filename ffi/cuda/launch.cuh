@@ -37,6 +37,9 @@ inline int Blocks(int64_t units, int per_block, int most) {
   return int(std::clamp<int64_t>((units + per_block - 1) / per_block, 1, most));
 }
 
+// Preload in parts.
+cudaError_t PreloadTokens();
+cudaError_t PreloadSums();
 template <typename... Args>
 cudaError_t Load(void (*kernel)(Args...)) {
   cudaFuncAttributes attributes;

@@ -77,11 +77,11 @@ __device__ __noinline__ inline void LimitRows(const int32_t* demand, int32_t* ke
   if (lane == 0) base[num_experts] = next;
 }
 
-// Counts and limits. One block.
-__device__ inline void FinishPlan(const Params& p, const Plan& plan, int64_t num_rows) {
-  constexpr int kAtOnce = 8;
+// Counts and limits. One block; a lane has an expert, and kAtOnce chunks of it in flight.
+template <int kAtOnce>
+__device__ void FinishPlan(const Params& p, const Plan& plan, int64_t num_rows) {
   const int lane = threadIdx.x % kWarp, E = p.g.experts_per_rank;
-  for (int e = threadIdx.x; e < E; e += blockDim.x) {  // few chunks: to share them would take longer
+  for (int e = threadIdx.x; e < E; e += blockDim.x) {
     int running = 0;
     for (int c0 = 0; c0 < plan.chunks; c0 += kAtOnce) {
       uint32_t picked[kAtOnce];

@@ -37,8 +37,9 @@ __global__ void __launch_bounds__(kSumThreads, kSendBlocks)
     PrefetchBulk(a.rows + uint64_t(next_row) * p.row_bytes + at, min(kBytes, p.row_bytes - at));
   };
   Begin(op, p, /*sending=*/true, [&] { prefetch(first_unit); });
+  StoreTicket(op, p);
   AwaitBank(op, p);
-  if (op.bad) return StoreTicket(op, p);
+  if (op.bad) return;
 
   const bool live = op.live[to];
   const bool by_put = op.pointer[to] == nullptr;

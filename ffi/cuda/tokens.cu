@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kSendThreads, kBlocksPerSm)
   __shared__ Op op;
   __shared__ uint32_t words[kSendThreads / kWarp][kWarp];
   const int G = p.granules, R = p.g.max_ranks, K = p.g.top_k, E = p.g.experts_per_rank;
-  // Warps that load the state load nothing else: they would wait for that, too, before they go on.
+  // The first warps load the state, and no tokens: they would wait for both. `warp` is negative there.
   const int lane = threadIdx.x % kWarp, warp = int(threadIdx.x) / kWarp - kStateWarps;
   const int warps = blockDim.x / kWarp - kStateWarps;
   const int first_unit = warp < 0 ? INT_MAX : warp * gridDim.x + blockIdx.x, step = warps * gridDim.x;
@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(kSendThreads, kBlocksPerSm)
   };
   fetch(blockIdx.x);
   // Tables: a unit is up to 32 choices, for one rank.
-  const int choices = a.num_tokens * K, num_units = (choices + kWarp - 1) / kWarp * R;
+  const int choices = a.num_tokens * K;
+  const int num_units = a.clean_ids || a.weights ? (choices + kWarp - 1) / kWarp * R : 0;
   int32_t id = -1;
   float weight = 0;
   auto choose = [&](int i) {
@@ -96,13 +97,14 @@ __global__ void __launch_bounds__(kSendThreads, kBlocksPerSm)
   Begin(op, p, /*sending=*/true, [&] {
     if (first_pick < num_picks) pick(first_pick);
   });
+  StoreTicket(op, p);
   AwaitBank(op, p);
   if (op.bad) {
     if (a.clean_ids) {
       Fill(a.clean_ids, uint64_t(a.num_tokens) * K * sizeof(int32_t), 0xFFFFFFFFu);
       if (blockIdx.x == 0 && threadIdx.x == 0) *a.invalid_ids = 0;
     }
-    return StoreTicket(op, p);
+    return;
   }
   std::byte* message = op.outbox(p.g, op.region, op.rank);
   auto* sent_ids = reinterpret_cast<int32_t*>(message);
@@ -210,7 +212,7 @@ __global__ void __launch_bounds__(kMoveThreads)
   const Plan plan(p.g, p.control->state.scratch);
   GatherPicks(op, p, plan, blockIdx.x, gridDim.x);
   if (IsLast(op, &p.control->state.tails, gridDim.x)) {
-    FinishPlan(p, plan, a.num_rows);
+    FinishPlan<32>(p, plan, a.num_rows);
     ReportPlan(op, p, plan, a);
   }
 }
@@ -276,7 +278,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? kBlocksPerSm : 1)
   if constexpr (!kPlanned) {
     GatherPicks(op, p, plan, 0, 1);
     __syncthreads();
-    FinishPlan(p, plan, a.num_rows);
+    FinishPlan<8>(p, plan, a.num_rows);
   }
 
   // Each token is read once and stored to all its rows.
@@ -412,6 +414,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? kBlocksPerSm : 1)
     __syncthreads();
   }
   if (op.bad) return Poison(op, p, a);
+  __syncthreads();  // from here on a warp that is done may find that the operation has failed
   const int segments = p.segments.value;
   for (int unit = blockIdx.x * warps + warp; unit < R * T * segments; unit += gridDim.x * warps) {
     const int token_index = p.segments.Quotient(unit), segment = unit - token_index * segments;
@@ -463,7 +466,8 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? kBlocksPerSm : 1)
 }  // namespace
 
 void SendTokens(const Launch& l, const SendTokensArgs& a) {
-  Params p = MakeParams(l, kUnroll);
+  Params p = MakeParams(l, kSendUnroll);
+  // Of the tokens as they are given, not of the rows that come out.
   p.granules = int32_t(size_t(l.format.hidden) * (a.x_scales ? sizeof(e4m3) : TokenBytes(l.format.type)) / 16);
   const int warps = std::max((p.granules + kWarp * kSendUnroll - 1) / (kWarp * kSendUnroll), 1) + kStateWarps;
   const int threads = std::min(warps * kWarp, kSendThreads);
