@@ -416,6 +416,28 @@ def test_a_peer_that_leaves_ends_the_wait(gpu_pools):
     assert took < 15 and "rank 1 has left" in failure
 
 
+def rank_forges(job, config):
+    """The handle of rank 0 names rows that are not there."""
+    import jax
+
+    import jax_nixlep as nx
+
+    job.initialize(config, timeout_s=20)
+    received = nx.dispatch(*make_input(config, job.rank, 6, 0, "distinct"), config=config)
+    handle = received.handle
+    if job.rank == 0:
+        handle = handle._replace(row_of=handle.row_of + 1_000_000)
+    y = jax.jit(functools.partial(nx.combine, config=config))(received.tokens, handle)
+    return bool(np.isnan(np.asarray(y)).all()), nx.current_group().health().failure
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_sums_along_a_forged_handle_look_good_to_nobody(gpu_pools, transport):
+    (poisoned, failure), (peers_poisoned, peers_failure) = gpu_pools(2, transport).run(rank_forges, make_config())
+    assert poisoned and "handle must be the one dispatch returned" in failure
+    assert peers_poisoned and "rank 0 failed" in peers_failure
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_late_words_of_an_earlier_group_count_for_nothing(gpu_pools, transport):
     test_ops.check_begins_anew(gpu_pools(2, transport))
