@@ -243,6 +243,18 @@ __device__ __noinline__ void Poison(const Op& op, const Params& p, const Receive
   if (blockIdx.x == 0) ReportPeers(op, p, a.peers);
 }
 
+// What a warp receives at a time. Ranks take turns: by blocks of them, all would read from the same peer at once.
+struct TokenUnit {
+  int rank, token, segment;
+
+  __device__ TokenUnit(const Params& p, int unit) {
+    const int i = p.segments.Quotient(unit);
+    segment = unit - i * int(p.segments.value);
+    token = p.ranks.Quotient(i);
+    rank = i - token * int(p.ranks.value);
+  }
+};
+
 // The scales of a row, by a warp. They need not be aligned for more than one.
 __device__ __noinline__ void CopyScales(const Params& p, std::byte* to, const std::byte* from) {
   const int lane = threadIdx.x % kWarp;
@@ -283,8 +295,8 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? kBlocksPerSm : 1)
 
   // Each token is read once and stored to all its rows.
   for (int unit = first_unit; unit < num_units; unit += step) {
-    const int token_index = p.segments.Quotient(unit), segment = unit - token_index * segments;
-    const int r = p.tokens.Quotient(token_index), t = token_index - r * T;
+    const TokenUnit of(p, unit);
+    const int r = of.rank, t = of.token, segment = of.segment;
     if (t >= op.tokens[r]) continue;
     const std::byte* token = TokensOf(op, p, r) + p.g.rows + uint64_t(t) * p.g.row_bytes;
     const int chunk = r * plan.rank_chunks + t / kChunk, bit = t % kChunk;
@@ -417,9 +429,9 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? kBlocksPerSm : 1)
   __syncthreads();  // from here on a warp that is done may find that the operation has failed
   const int segments = p.segments.value;
   for (int unit = blockIdx.x * warps + warp; unit < R * T * segments; unit += gridDim.x * warps) {
-    const int token_index = p.segments.Quotient(unit), segment = unit - token_index * segments;
-    const int r = p.tokens.Quotient(token_index), t = token_index - r * T;
-    const int32_t* rows = a.row_of + uint64_t(token_index) * K;
+    const TokenUnit of(p, unit);
+    const int r = of.rank, t = of.token, segment = of.segment;
+    const int32_t* rows = a.row_of + (uint64_t(r) * T + t) * K;
     const bool sent = t < op.tokens[r];  // a masked peer sends nothing: its rows become zeros
     const std::byte* token = TokensOf(op, p, r) + p.g.rows + uint64_t(t) * p.g.row_bytes;
     const auto* weights = reinterpret_cast<const float*>(TablesOf(op, p, r) + p.g.second) + uint64_t(t) * K;
