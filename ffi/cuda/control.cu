@@ -38,8 +38,9 @@ cudaError_t Notify(Control* control, const Geometry& geometry, Notice notice, cu
 }
 
 cudaError_t Preload() {
-  for (cudaError_t status : {PreloadTokens(), PreloadSums(), Load(&FindPointersKernel), Load(&NotifyKernel)}) {
-    if (status != cudaSuccess) return status;
+  for (auto* load : {+[] { return LoadKernel(&FindPointersKernel); }, +[] { return LoadKernel(&NotifyKernel); },
+                     &PreloadTokens, &PreloadSums}) {
+    if (const cudaError_t status = load(); status != cudaSuccess) return status;
   }
   return cudaSuccess;
 }

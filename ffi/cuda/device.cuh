@@ -293,7 +293,7 @@ inline constexpr uint64_t kMercyNs = 150'000'000;  // _GRACE_S of elastic/bounda
 
 inline constexpr int kStateWarps = 2;  // load the state in Begin
 
-// Loads the operation; `meanwhile()` is done while that is on its way. All threads of the block, at least kStateWarps.
+// Loads the operation; `meanwhile()` is done while that is on its way. All threads of the block, kStateWarps at least.
 template <typename Meanwhile>
 __device__ inline void Begin(Op& op, const Params& p, bool sending, Meanwhile meanwhile) {
   const DeviceState& state = p.control->state;
@@ -488,8 +488,8 @@ __device__ inline void AwaitAll(Op& op, const Params& p) {
 }
 
 // True in the last of `count` blocks to come here; what the others wrote before is then visible to it, and what it
-// signals is visible after all that to every reader in the system. Never true once the operation has failed in one of
-// them. All threads.
+// signals is visible after all that to every reader in the system: each block puts a fence before it counts itself.
+// Never true once the operation has failed in one of them. All threads.
 __device__ inline bool IsLast(Op& op, uint32_t* counter, uint32_t count) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -517,7 +517,7 @@ __device__ inline void SignalByPointer(const Op& op, const Params& p, int to, in
   StoreRelaxed(&signal->tag, p.tag);
   StoreRelaxed(&signal->num_tokens, uint64_t(num_tokens));
   StoreRelaxed(&signal->check, Signal::Check(op.nonce[op.rank], op.stamp, p.tag, uint64_t(num_tokens)));
-  StoreRelaxed(&signal->stamp, op.stamp);  // the fences of IsLast came before; `check` ties the four words together
+  StoreRelaxed(&signal->stamp, op.stamp);  // after the fences of all blocks; `check` ties the four words together
 }
 __device__ __noinline__ inline void SignalByPut(const Op& op, const Params& p, int to, int num_tokens) {
   SignalCell* own = &p.control->signals[op.bank][op.rank];

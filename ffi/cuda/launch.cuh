@@ -40,8 +40,9 @@ inline int Blocks(int64_t units, int per_block, int most) {
 // Preload in parts.
 cudaError_t PreloadTokens();
 cudaError_t PreloadSums();
+// To ask for a kernel's attributes loads it.
 template <typename... Args>
-cudaError_t Load(void (*kernel)(Args...)) {
+cudaError_t LoadKernel(void (*kernel)(Args...)) {
   cudaFuncAttributes attributes;
   return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
 }

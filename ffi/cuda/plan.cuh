@@ -77,7 +77,8 @@ __device__ __noinline__ inline void LimitRows(const int32_t* demand, int32_t* ke
   if (lane == 0) base[num_experts] = next;
 }
 
-// Counts and limits. One block; a lane has an expert, and kAtOnce chunks of it in flight.
+// Counts and limits. One block; a lane has an expert, and kAtOnce chunks of it in flight: more where they come from
+// far.
 template <int kAtOnce>
 __device__ void FinishPlan(const Params& p, const Plan& plan, int64_t num_rows) {
   const int lane = threadIdx.x % kWarp, E = p.g.experts_per_rank;
@@ -113,24 +114,5 @@ __device__ void FinishPlan(const Params& p, const Plan& plan, int64_t num_rows) 
 }
 
 __device__ inline int UsedRows(const Params& p, const Plan& plan) { return plan.base[p.g.experts_per_rank]; }
-
-// The small outputs. One block.
-__device__ inline void ReportPeers(const Op& op, const Params& p, int32_t* peers) {
-  for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-    peers[r] = op.live[r] ? 0 : p.control->state.peers[r].masked == op.stamp ? 2 : 1;
-  }
-}
-__device__ inline void ReportPlan(const Op& op, const Params& p, const Plan& plan, const ReceiveTokensArgs& a) {
-  for (int e = threadIdx.x; e < p.g.experts_per_rank; e += blockDim.x) {
-    a.group_sizes[e] = plan.kept[e];
-    a.demand[e] = plan.demand[e];
-  }
-  ReportPeers(op, p, a.peers);
-  if (threadIdx.x == 0) {
-    const int dropped = plan.demand[p.g.experts_per_rank] - UsedRows(p, plan);
-    *a.dropped = dropped;
-    if (dropped) atomicAdd(&p.control->state.dropped_rows, (unsigned long long)dropped);
-  }
-}
 
 }  // namespace jax_nixlep::cuda

@@ -297,8 +297,8 @@ cudaError_t PreloadSums() {
   auto load = [&](auto token, auto wire) {
     using T = typename decltype(token)::type;
     using W = typename decltype(wire)::type;
-    if (status == cudaSuccess) status = Load(&SendSumsKernel<T, W>);
-    if (status == cudaSuccess) status = Load(&ReceiveSumsKernel<T, W>);
+    if (status == cudaSuccess) status = LoadKernel(&SendSumsKernel<T, W>);
+    if (status == cudaSuccess) status = LoadKernel(&ReceiveSumsKernel<T, W>);
   };
   load(Type<float>{}, Type<float>{}), load(Type<float>{}, Type<bf16>{});
   load(Type<bf16>{}, Type<bf16>{}), load(Type<f16>{}, Type<f16>{}), load(Type<f16>{}, Type<bf16>{});

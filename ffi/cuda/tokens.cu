@@ -203,6 +203,25 @@ __global__ void __launch_bounds__(kSendThreads, kBlocksPerSm)
 
 // --- Receiving ---
 
+// The small outputs. One block.
+__device__ void ReportPeers(const Op& op, const Params& p, int32_t* peers) {
+  for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
+    peers[r] = op.live[r] ? 0 : p.control->state.peers[r].masked == op.stamp ? 2 : 1;
+  }
+}
+__device__ void ReportPlan(const Op& op, const Params& p, const Plan& plan, const ReceiveTokensArgs& a) {
+  for (int e = threadIdx.x; e < p.g.experts_per_rank; e += blockDim.x) {
+    a.group_sizes[e] = plan.kept[e];
+    a.demand[e] = plan.demand[e];
+  }
+  ReportPeers(op, p, a.peers);
+  if (threadIdx.x == 0) {
+    const int dropped = plan.demand[p.g.experts_per_rank] - UsedRows(p, plan);
+    *a.dropped = dropped;
+    if (dropped) atomicAdd(&p.control->state.dropped_rows, (unsigned long long)dropped);
+  }
+}
+
 __global__ void __launch_bounds__(kMoveThreads)
     PlanKernel(const __grid_constant__ Params p, const __grid_constant__ ReceiveTokensArgs a) {
   __shared__ Op op;
@@ -286,8 +305,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? kBlocksPerSm : 1)
     plan.kept = near;
     plan.base = near + plan.stride;
     __syncthreads();
-  }
-  if constexpr (!kPlanned) {
+  } else {
     GatherPicks(op, p, plan, 0, 1);
     __syncthreads();
     FinishPlan<8>(p, plan, a.num_rows);
@@ -523,9 +541,9 @@ void ReceiveAlong(const Launch& l, const ReceiveAlongArgs& a) {
 }
 
 cudaError_t PreloadTokens() {
-  cudaError_t status = Load(&PlanKernel);
+  cudaError_t status = LoadKernel(&PlanKernel);
   auto load = [&](auto* kernel) {
-    if (status == cudaSuccess) status = Load(kernel);
+    if (status == cudaSuccess) status = LoadKernel(kernel);
   };
   auto load_codec = [&](auto codec) {
     load(&SendTokensKernel<decltype(codec)>);
