@@ -77,8 +77,7 @@ __device__ __noinline__ inline void LimitRows(const int32_t* demand, int32_t* ke
   if (lane == 0) base[num_experts] = next;
 }
 
-// Counts and limits. One block; a lane has an expert, and kAtOnce chunks of it in flight: more where they come from
-// far.
+// Counts and limits. One block; a lane has an expert, with kAtOnce chunks of it in flight: many if memory is far.
 template <int kAtOnce>
 __device__ void FinishPlan(const Params& p, const Plan& plan, int64_t num_rows) {
   const int lane = threadIdx.x % kWarp, E = p.g.experts_per_rank;

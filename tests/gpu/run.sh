@@ -3,7 +3,8 @@
 #   WHEELS=DIR OUT=DIR bash tests/gpu/run.sh [tests] [layer] [generate] [elastic] [decode] [chain] [sanitizer] [phases]
 # WHEELS holds nixl.tar.xz and ucx.tar.xz (tests/gpu/setup.sh); OUT gets the raw output. The modules must be built
 # (pip install -e . with nvcc and UCX's headers present), or are found in jax_nixlep/.
-# JAX_NIXLEP_TEST_GPUS: rank r uses GPU r % that number. UPSTREAM: a program that prints upstream's phase times for the same
+# JAX_NIXLEP_TEST_GPUS: rank r uses GPU r % that number, of those that CUDA_VISIBLE_DEVICES names: calls with a GPU each
+# may run at the same time. UPSTREAM: a program that prints upstream's phase times for the same
 # arguments as phases.py (none: ours alone). CASES: lines of those arguments. DROPLESS=1: also the worst case of rows.
 # PYTEST_ARGS: for the tests. DECODE_ARGS: for examples/bench_decode.py.
 . tests/gpu/setup.sh
