@@ -296,12 +296,12 @@ def test_run_from_a_program(script: Callable[[str], str], capfd: pytest.CaptureF
 def test_ranks_share_gpus(script: Callable[[str], str]) -> None:
     path = script("""
         names = ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_PREALLOCATE", "CUDA_MODULE_LOADING")
-        print(*map(os.environ.get, names))
+        print(*map(os.environ.get, (*names, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")))
     """)
     done = launched("-n", "3", "--gpus", "2", path)
-    assert sorted(done.stdout.splitlines()) == [f"[{r}] cuda {r % 2} false EAGER" for r in range(3)], done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"[{r}] cuda {r % 2} false EAGER 50" for r in range(3)], done.stderr
     done = launched("-n", "2", "--gpus", "4", path)
-    assert sorted(done.stdout.splitlines()) == [f"[{r}] cuda {r} None None" for r in range(2)], done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"[{r}] cuda {r} None None None" for r in range(2)], done.stderr
     mine = launch.gpu_env(1, 2, 1, {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"})
     assert mine["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true" and mine["CUDA_VISIBLE_DEVICES"] == "0"
     visible = {"CUDA_VISIBLE_DEVICES": "5,2"}

@@ -1,6 +1,6 @@
 #!/bin/bash
 # The GPU suite. One command, from the repository root, on a machine with a GPU; what each step is: results/README.md.
-#   WHEELS=DIR OUT=DIR bash tests/gpu/run.sh [tests] [layer] [generate] [elastic] [decode] [chain] [sanitizer] [phases]
+#   WHEELS=DIR OUT=DIR bash tests/gpu/run.sh [tests] [layer] [generate] [elastic] [decode] [chain] [sanitizer] [phases] [mps]
 # WHEELS holds nixl.tar.xz and ucx.tar.xz (tests/gpu/setup.sh); OUT gets the raw output. The modules must be built
 # (pip install -e . with nvcc and UCX's headers present), or are found in jax_nixlep/.
 # JAX_NIXLEP_TEST_GPUS: rank r uses GPU r % that number, of those that CUDA_VISIBLE_DEVICES names: calls with a GPU each
@@ -11,7 +11,7 @@
 export JAX_NIXLEP_TEST_GPUS=${JAX_NIXLEP_TEST_GPUS:-1}
 OUT=${OUT:-out}
 mkdir -p "$OUT"
-steps=${*:-tests layer generate elastic decode chain sanitizer phases}
+steps=${*:-tests layer generate elastic decode chain sanitizer phases mps}
 {
   date -u +%FT%TZ
   nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
@@ -66,4 +66,15 @@ if [[ $steps == *phases* ]]; then
 2 128 7168 8 8 20 0
 4 1024 7168 8 8 10 0}" | tee "$OUT/phases.txt"
   [[ -n $DROPLESS ]] && timeout 100 python3 tests/gpu/phases.py 4 128 7168 32 8 20 0 0 2>&1 | grep -E "^ours|^[0-9]" | tee -a "$OUT/phases.txt"
+fi
+
+if [[ $steps == *mps* ]]; then  # ranks use the GPU at the same time
+  export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps
+  mkdir -p /tmp/mps
+  nvidia-cuda-mps-control -d
+  trap 'echo quit | nvidia-cuda-mps-control' EXIT
+  for ranks in 2 4; do
+    timeout 100 python3 -m jax_nixlep.bench --ranks $ranks --gpus 1 --kernels native --json "$OUT/mps_bench$ranks.json" 2>&1
+  done | tee "$OUT/mps_bench.txt"
+  run_tests 300 mps tests/gpu/test_gpu.py
 fi
