@@ -13,10 +13,11 @@ takes them, and back the weighted sum of each token. Samples are one call, from 
 rank. "chained" is dispatch+combine again and again in one program, each on the result of the one before: the figure
 without the host. Before and after, each runtime is compared with what NumPy makes of experts that multiply by
 (number + 1) / experts, so that rows at the wrong expert do not pass; so is the last chained result, and the layer with
-`backend="xla"`.
+`backend="xla"`. "error" is the largest deviation found, relative to the value.
 
 Bytes are those of all ranks. "logical": one row for each chosen (token, expert), in each direction. "physical": what
-nixlep reads and writes in memory for it; the memcpy limit is the same count of plain copies by all ranks at once.
+nixlep reads and writes in memory for it; the memcpy limit is the same count of plain copies by all ranks at once, on
+GPUs of their own memory.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from jax_nixlep.router import route
 
 AXIS = "ep"
 MAX_ERROR = 8 * 2.0**-8  # relative to the exact value, or to a floor where that is smaller
+COPIES = 16  # of a GPU's memory in one program, next to which a call's own time is short
 ROUNDS = 4  # the runtimes take turns, so that a busy machine disturbs all alike
 
 
@@ -219,12 +221,18 @@ class Bench:
         number = lax.axis_index(AXIS) * self.config.experts_per_rank + local
         return rows * ((number + 1) / self.args.experts).astype(rows.dtype)[:, None]
 
-    def is_close(self, got: jax.Array, expected: np.ndarray, floor: float = 0.02) -> bool:
+    def error(self, got: jax.Array, expected: np.ndarray, floor: float = 0.02) -> float:
+        """The largest of any rank."""
         error = np.abs(local(got) - expected) / np.maximum(np.abs(expected), floor)
-        return bool(np.all(gather(np.array(error.max() < MAX_ERROR))))
+        return float(np.max(gather(error.max())))
 
-    def check(self, name: str) -> bool:
-        return self.is_close(self.scaled[name](*self.inputs), self.expected)
+    def check(self, name: str) -> float:
+        return self.error(self.scaled[name](*self.inputs), self.expected)
+
+    def max_error(self, name: str, op: str) -> float:
+        # psum_scatter adds up in the tokens' type: a rounding for each rank, where the others round once a pair.
+        rounds = self.args.ranks / 2 if (name, op) == ("all_gather", "chained") else 1
+        return MAX_ERROR * max(1, rounds)
 
     def times(self, op: str, calls: dict[str, Callable[[], Any]], count: int) -> dict[str, np.ndarray]:
         """Seconds of each call, of the slowest rank."""
@@ -241,11 +249,17 @@ class Bench:
         every_rank = np.reshape(gather(np.array(list(samples.values()))), (self.args.ranks, len(calls), -1))
         return dict(zip(calls, every_rank.max(axis=0), strict=True))
 
-    def memcpy_rate(self, num_bytes: int = 1 << 25) -> float:
-        """Bytes per second that plain copies in all ranks at once read and write."""
-        source, target = np.ones(num_bytes, np.uint8), np.zeros(num_bytes, np.uint8)
-        seconds = self.times("memcpy", {"": lambda: np.copyto(target, source)}, 20)[""]
-        return 2 * num_bytes * self.args.ranks / float(np.median(seconds))
+    def memcpy_rate(self) -> float:
+        """Bytes per second that plain copies in all ranks at once read and write, where the tokens are."""
+        if on_gpu():
+            num_bytes, count = 1 << 28, COPIES
+            source = jnp.ones(num_bytes // 4, jnp.float32)
+            copy = partial(jax.jit(lambda x: lax.fori_loop(0, count, lambda _, x: x + 1, x)), source)
+        else:
+            num_bytes, count = 1 << 25, 1
+            copy = partial(np.copyto, np.zeros(num_bytes, np.uint8), np.ones(num_bytes, np.uint8))
+        seconds = self.times("memcpy", {"": copy}, 20)[""]
+        return 2 * num_bytes * count * self.args.ranks / float(np.median(seconds))
 
     def bytes_moved(self) -> dict[str, dict[str, int]]:
         row = self.args.hidden * jnp.dtype(self.args.dtype).itemsize
@@ -274,10 +288,10 @@ class Bench:
             calls["dispatch+combine"][name] = partial(self.program(self.pair(name)), *inputs)
             calls["chained"][name] = partial(self.program(self.chain(name)), *inputs)
             calls["layer"][name] = partial(self.layer(name), *layer_inputs)
-        correct, memcpy = {name: self.check(name) for name in self.exchanges}, self.memcpy_rate()
+        errors, memcpy = {name: self.check(name) for name in self.exchanges}, self.memcpy_rate()
         seconds = {op: self.times(op, of, int(args.iterations * ops[op])) for op, of in calls.items()}
         memcpy = (memcpy + self.memcpy_rate()) / 2
-        correct = {name: self.check(name) and ok for name, ok in correct.items()}
+        errors = {name: float(np.maximum(self.check(name), error)) for name, error in errors.items()}  # NaN stays
         if layer is None and "all_to_all" in self.exchanges:
             layer = local(self.layer("nixlep", "xla")(*layer_inputs))
         elif layer is None:
@@ -291,9 +305,8 @@ class Bench:
                 median, p99, least = np.quantile(ms, (0.5, 0.99, 0)).tolist()
                 row: dict[str, Any] = {"op": op, "runtime": name, "median_ms": median, "p99_ms": p99, "min_ms": least}
                 row["samples"] = len(ms)
-                row["correct"] = correct[name]
-                if op in expected:
-                    row["correct"] &= self.is_close(calls[op][name](), *expected[op])
+                row["error"] = self.error(calls[op][name](), *expected[op]) if op in expected else errors[name]
+                row["correct"] = errors[name] < MAX_ERROR and row["error"] < self.max_error(name, op)
                 if op in moved["logical_bytes"]:
                     row["logical_bytes"] = moved["logical_bytes"][op]
                     if name == "nixlep":
@@ -365,14 +378,15 @@ def machine() -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    titles = ("op", "runtime", "median ms", "p99 ms", "logical MB", "physical MB", "of memcpy", "correct")
-    lines = ["{:<17}{:<11}{:>10}{:>10}{:>12}{:>12}{:>11}  {}".format(*titles)]
+    titles = ("op", "runtime", "median ms", "p99 ms", "logical MB", "physical MB", "of memcpy", "error")
+    lines = ["{:<17}{:<11}{:>10}{:>10}{:>12}{:>12}{:>11}{:>8}".format(*titles)]
     for row in result["rows"]:
         megabytes = [f"{row[key] / 1e6:.1f}" if key in row else "" for key in ("logical_bytes", "physical_bytes")]
         share = f"{row['memcpy_fraction']:.0%}" if "memcpy_fraction" in row else ""
         lines.append(
             f"{row['op']:<17}{row['runtime']:<11}{row['median_ms']:>10.3f}{row['p99_ms']:>10.3f}"
-            f"{megabytes[0]:>12}{megabytes[1]:>12}{share:>11}  {'yes' if row['correct'] else 'NO'}"
+            f"{megabytes[0]:>12}{megabytes[1]:>12}{share:>11}"
+            f"{row['error']:>8.4f}{'' if row['correct'] else ' WRONG'}"
         )
     m, limit = result["machine"], result["memcpy_bytes_per_s"] / 1e9
     lines.append(f"{m['cpu']}, {m['cores']} cores, jax {m['jax']}, {m['transport']}, memcpy limit {limit:.1f} GB/s")

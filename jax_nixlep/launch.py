@@ -94,9 +94,9 @@ def gpu_env(rank: int, num_ranks: int, gpus: int, environ: Mapping[str, str] | N
 
     Rank r uses GPU r % gpus, of those that CUDA_VISIBLE_DEVICES names if it is set. Ranks that share one take memory as
     they need it, instead of three quarters each, and load kernels when they start: one that is loaded late waits for a
-    kernel of its own process that waits for a peer. Where the machine runs CUDA's MPS, which lets them use the GPU at the
-    same time, each has its part of the multiprocessors: a kernel that waits must leave some to the peer it waits for.
-    What the user's environment says about these three stays.
+    kernel of its own process that waits for a peer. Where CUDA's MPS lets them run at the same time, each has its part
+    of the multiprocessors: a kernel that waits must leave some to the peer it waits for. What the user's environment
+    says about these three stays.
 
     Raises:
       ValueError: CUDA_VISIBLE_DEVICES names fewer GPUs.
