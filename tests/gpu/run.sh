@@ -76,5 +76,5 @@ if [[ $steps == *mps* ]]; then  # ranks use the GPU at the same time
   for ranks in 2 4; do
     timeout 100 python3 -m jax_nixlep.bench --ranks $ranks --gpus 1 --kernels native --json "$OUT/mps_bench$ranks.json" 2>&1
   done | tee "$OUT/mps_bench.txt"
-  run_tests 400 mps tests/gpu/test_gpu.py
+  run_tests 600 mps tests/gpu/test_gpu.py $elastic
 fi
