@@ -114,7 +114,7 @@ def gpu_env(rank: int, num_ranks: int, gpus: int, environ: Mapping[str, str] | N
         shared = {
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "CUDA_MODULE_LOADING": "EAGER",
-            "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // math.ceil(num_ranks / gpus)),
+            "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // len(range(rank % gpus, num_ranks, gpus))),
         }
         env |= {name: environ.get(name, value) for name, value in shared.items()}
     return env

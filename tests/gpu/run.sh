@@ -24,7 +24,7 @@ run_tests() {  # SECONDS NAME ARGUMENTS...
   timeout "$1" python3 -m pytest -q -p no:cacheprovider --timeout 90 --durations=5 $PYTEST_ARGS "${@:3}" 2>&1 | tee "$OUT/$2.txt"
 }
 layer=tests/gpu/test_layer_gpu.py generate=tests/gpu/test_examples_gpu.py elastic=tests/gpu/test_elastic_gpu.py
-if [[ $steps == *tests* ]]; then run_tests 400 tests tests/gpu --ignore $layer --ignore $generate --ignore $elastic; fi
+if [[ $steps == *tests* ]]; then run_tests 800 tests tests/gpu --ignore $layer --ignore $generate --ignore $elastic; fi
 if [[ $steps == *layer* ]]; then run_tests 400 layer $layer; fi
 if [[ $steps == *generate* ]]; then run_tests 300 generate $generate; fi
 if [[ $steps == *elastic* ]]; then
@@ -69,9 +69,9 @@ if [[ $steps == *phases* ]]; then
 fi
 
 if [[ $steps == *mps* ]]; then  # ranks use the GPU at the same time
-  export CUDA_MPS_PIPE_DIRECTORY=/tmp/mps CUDA_MPS_LOG_DIRECTORY=/tmp/mps
-  mkdir -p /tmp/mps
-  nvidia-cuda-mps-control -d
+  export CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d)
+  export CUDA_MPS_LOG_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY
+  env -u CUDA_VISIBLE_DEVICES nvidia-cuda-mps-control -d || exit 1  # it would number the devices anew
   trap 'echo quit | nvidia-cuda-mps-control' EXIT
   for ranks in 2 4; do
     timeout 100 python3 -m jax_nixlep.bench --ranks $ranks --gpus 1 --kernels native --json "$OUT/mps_bench$ranks.json" 2>&1
