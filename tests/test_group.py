@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -365,6 +366,34 @@ def test_a_rank_that_is_too_late_is_masked(pools):
     assert health.masked == (1,) and (first.handle.row_of[1] == -1).all() and first.group_sizes.sum() > 0
     # The late rank finds what was sent to it before it was given up, or that the others are gone.
     assert answers[1][1] is None or re.search("went on|has left the group", answers[1][1])
+
+
+def rank_beside_a_failed_one(job):
+    """Rank 2 fails in its second step, after its tokens are out. Returns whom the others missed then and later."""
+    config = make_config(max_ranks=3)
+    group = job.initialize(config, on_timeout="mask", timeout_s=30)
+    x, ids, weights = make_input(config, job.rank, 4, 0)
+    step = jax.jit(lambda x: nx.dispatch(x, ids, weights, config=config).status.peers)
+    jax.block_until_ready(step(x))
+    if job.rank == 2:
+        threading.Timer(0.5, group._seats[0].endpoint.interrupt).start()
+        with pytest.raises(FAILED, match="interrupted"):
+            jax.block_until_ready(step(x))
+        return None
+    time.sleep(1.5)
+    start = time.monotonic()
+    peers = [np.asarray(step(x)).tolist() for _ in range(3)]
+    return peers, group.health().masked, time.monotonic() - start
+
+
+@pytest.mark.parametrize("transport", ["shared", "nixl"])
+def test_a_rank_that_failed_is_masked_at_once(pools, transport):
+    ok, out, absent = nx.PEER_OK, nx.PEER_TIMED_OUT, nx.PEER_ABSENT
+    # Over NIXL nothing is written to one that failed.
+    of_it = [ok, out, absent] if transport == "shared" else [out, absent, absent]
+    for peers, masked, took in pools(3, transport).run(rank_beside_a_failed_one)[:2]:
+        assert peers == [[ok, ok, state] for state in of_it]
+        assert masked == (2,) and took < 15
 
 
 def rank_beside_a_dead_one(job):

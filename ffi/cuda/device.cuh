@@ -188,6 +188,7 @@ struct Op {
   int num_put_peers;
   int wait_for_bank;
   int overlaps;            // sending: the operation before is not finished; receiving: the next one is started
+  int newest;              // receiving: no later operation is finished, as where halves are nested
   uint64_t safe_until_ns;  // no peer has given this rank up before that
   int flag;
   std::byte* pointer[kMaxRanks];
@@ -326,13 +327,16 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending, Meanwhile me
     op.bank = int(op.stamp % kBanks);
     const uint64_t begun = op.bank ? begun1 : begun0, other_begun = op.bank ? begun0 : begun1;
     const uint64_t overlapped = op.bank ? overlapped1 : overlapped0;
+    const uint64_t other_overlapped = op.bank ? overlapped0 : overlapped1;
     op.deadline_ns = begun + timeout_ns;
     op.num_put_peers = int(state.num_put_peers);
     // A peer began this operation after this rank began the one before, and gives up a timeout later, or is told to by
-    // the others, who give a rank kMercyNs. Half of it leaves room for clocks. With two operations in flight the other
-    // bank is of the one after.
+    // the others, who give a rank kMercyNs. Half of it leaves room for clocks. Not so with two operations in flight: a
+    // peer may begin the second before this rank began the first.
     op.overlaps = sending ? finished != started : started != op.stamp;
-    op.safe_until_ns = op.overlaps ? 0 : other_begun + min(timeout_ns, kMercyNs) / 2;
+    op.newest = finished < op.stamp;
+    const bool second = other_overlapped == op.stamp - 1;
+    op.safe_until_ns = op.overlaps | second ? 0 : other_begun + min(timeout_ns, kMercyNs) / 2;
     op.wait_for_bank = (overlapped != 0) & (overlapped == op.stamp - kBanks);
     op.flag = 0;
   }
@@ -365,16 +369,21 @@ __device__ __noinline__ inline bool DecideTimeout(Op& op, const Params& p, int p
   return timed_out;
 }
 
-// True if the peer went on without this rank: what it sent, or offers to be read, may be gone.
+// True if the peer went on without this rank: what it sent, or offers to be read, may be gone. Without it in the next
+// operation, too: in the one after, the peer writes to this one's bank.
 __device__ inline bool GaveUp(const Op& op, const Params& p, int peer) {
   const uint64_t stamp = LoadRelaxed(&p.control->notices[peer].given_up) - op.nonce[peer];
-  return stamp >> kEpochShift == op.stamp >> kEpochShift && stamp <= op.stamp;
+  return stamp >> kEpochShift == op.stamp >> kEpochShift && stamp <= op.stamp + 1;
 }
 
 // True if the peer said, in this epoch of this group, that it stopped.
 __device__ inline bool HasStopped(const Op& op, const Params& p, int peer) {
   const uint64_t notice = LoadAcquire(&p.control->notices[peer].notice);  // what is read next may be the peer's last
   return notice == NoticeFrom(op, peer, Notice::kLeft) || notice == NoticeFrom(op, peer, Notice::kFailed);
+}
+
+__device__ inline bool HasLeft(const Op& op, const Params& p, int peer) {
+  return LoadRelaxed(&p.control->notices[peer].notice) == NoticeFrom(op, peer, Notice::kLeft);
 }
 
 // True if the host ends the operation, which waits for `peer`; else says whether it knows the peer to be dead. To be
@@ -411,6 +420,7 @@ __device__ __noinline__ inline void AwaitPeer(Op& op, const Params& p, int r) {
       __nanosleep(kPauseNs);
       continue;
     }
+    const uint64_t before = Now();  // this block may lose its turn between a look and the next line
     const bool counted = !by_put || LoadAcquire(counter) >= wanted;
     const uint64_t tag = LoadRelaxed(&signal->tag), tokens = LoadRelaxed(&signal->num_tokens);
     const uint64_t check = LoadRelaxed(&signal->check);
@@ -440,15 +450,14 @@ __device__ __noinline__ inline void AwaitPeer(Op& op, const Params& p, int r) {
     } else if (whole && stamp > op.stamp && stamp >> kEpochShift == op.stamp >> kEpochShift) {
       Fail(op, p, Failure::kPeerAhead, r);
       done = true;
-    } else if (stopped) {  // and the message was still not there when looked for once more
-      const bool left = LoadRelaxed(&p.control->notices[r].notice) == NoticeFrom(op, r, Notice::kLeft);
-      Fail(op, p, left ? Failure::kPeerLeft : Failure::kPeerFailed, r);
+    } else if (stopped && (HasLeft(op, p, r) || !state.mask_late_peers)) {  // and its message was still not there
+      Fail(op, p, HasLeft(op, p, r) ? Failure::kPeerLeft : Failure::kPeerFailed, r);
       done = true;
     } else if (decided_late) {
       op.live[r] = 0;
       if (!state.mask_late_peers) op.bad = 1;
       done = true;
-    } else if ((dead || now >= op.deadline_ns + kGraceNs) && DecideTimeout(op, p, r, true)) {
+    } else if ((dead || stopped || before >= op.deadline_ns + kGraceNs) && DecideTimeout(op, p, r, true)) {
       op.live[r] = 0;
       if (!state.mask_late_peers) Fail(op, p, dead ? Failure::kPeerDead : Failure::kTimedOut, r);
       done = true;
@@ -500,10 +509,17 @@ __device__ inline bool IsLast(Op& op, uint32_t* counter, uint32_t count) {
   return op.flag;
 }
 
-// Sets bytes of an output, with all threads of the grid.
-__device__ __noinline__ inline void Fill(void* data, uint64_t num_bytes, uint32_t pattern) {
+// Who fills an output: all blocks of the grid, each its part, or one block all of it.
+struct Filling {
+  int block, blocks;
+};
+__device__ inline Filling Together() { return {int(blockIdx.x), int(gridDim.x)}; }
+__device__ inline Filling Alone() { return {0, 1}; }
+
+// Sets bytes of an output.
+__device__ __noinline__ inline void Fill(void* data, uint64_t num_bytes, uint32_t pattern, Filling by) {
   if (!data) return;
-  const uint64_t index = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x, step = uint64_t(gridDim.x) * blockDim.x;
+  const uint64_t index = uint64_t(by.block) * blockDim.x + threadIdx.x, step = uint64_t(by.blocks) * blockDim.x;
   auto* bytes = static_cast<uint8_t*>(data);
   const uint64_t vectors = reinterpret_cast<uint64_t>(data) % 16 ? 0 : num_bytes / 16;
   const uint4 vector{pattern, pattern, pattern, pattern};
@@ -552,18 +568,30 @@ __device__ __noinline__ inline void AwaitBankSlow(Op& op, const Params& p) {
   const uint64_t deadline = Now() + state.timeout_ns;
   for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
     if (!op.live[r]) continue;
-    const NoticeCell& cell = p.control->notices[r];
-    // A peer may have finished even this operation, where other blocks have sent theirs; words of others are anything.
-    const uint64_t least = op.nonce[r] + op.stamp - kBanks;
-    bool over = false, dead = false;  // from before the word was read: it may have been the peer's last
-    for (unsigned polls = 1; LoadAcquire(&cell.finished) - least > kBanks; ++polls) {
-      if (over) Fail(op, p, Failure::kNotFinished, r);
+    // A peer may have finished even this operation, where other blocks have sent theirs; a word that an earlier group
+    // left can be any number.
+    auto unfinished = [&](int rank) {
+      return LoadAcquire(&p.control->notices[rank].finished) - (op.nonce[rank] + op.stamp - kBanks) > kBanks;
+    };
+    bool over = false, stopped = false, dead = false;  // before the word was read, which may be the peer's last
+    for (unsigned polls = 1; unfinished(r); ++polls) {
+      if (over && unfinished(op.rank)) {
+        Fail(op, p, Failure::kNotFinished, r);
+      } else if (over && state.mask_late_peers && !HasLeft(op, p, r)) {
+        DecideTimeout(op, p, r, true);
+        op.live[r] = 0;
+        break;
+      } else if (over) {
+        const auto silent = dead ? Failure::kPeerDead : Failure::kTimedOut;
+        Fail(op, p, !stopped ? silent : HasLeft(op, p, r) ? Failure::kPeerLeft : Failure::kPeerFailed, r);
+      }
       if (LoadRelaxed(&state.failed)) {
         op.bad = 1;
         break;
       }
       if (blockIdx.x + blockIdx.y == 0 && polls % kGlancesPerLook == 0 && StoppedByHost(op, p, r, dead)) break;
-      over = dead || HasStopped(op, p, r) || Now() > deadline;
+      stopped = HasStopped(op, p, r);
+      over = dead || stopped || Now() > deadline;
       __nanosleep(kPauseNs);
     }
   }
@@ -595,7 +623,7 @@ __device__ inline void EndSend(const Op& op, const Params& p) {
 __device__ inline void FinishReceive(const Op& op, const Params& p) {
   if (blockIdx.x != 0 || threadIdx.x != 0) return;
   if (p.order) *p.order = 0;
-  if (!op.bad) p.control->state.finished = op.stamp;
+  if (!op.bad && op.newest) p.control->state.finished = op.stamp;
 }
 
 // After the last read, where another operation is in flight: the peers may use the bank again. All threads.

@@ -566,9 +566,13 @@ std::string CudaEndpoint::Failure() const {
       return what + who + " is dead; check that rank's output";
     case cuda::Failure::kInterrupted:
       return what + "the members changed while it waited for " + who;
-    default:
-      return what + who + " did not finish an earlier operation; finish each started operation before the second next";
+    case cuda::Failure::kNotFinished:
+      return what + "an operation must be finished before the second one after it begins; got an unfinished one; " +
+             "finish it earlier";
+    case cuda::Failure::kNone:
+      break;
   }
+  return "";
 }
 
 Launch CudaEndpoint::MakeLaunch(uint64_t tag, const RowFormat& format, int num_tokens, cudaStream_t stream) const {

@@ -32,7 +32,7 @@ struct SendTokensArgs {
   const int32_t* ids = nullptr;    // [t, K]
   const float* weights = nullptr;  // [t, K], or null
   int32_t* clean_ids = nullptr;    // [t, K], or null: the ids are clean and the peers have them, and picks
-  int32_t* invalid_ids = nullptr;  // [1], with clean_ids
+  int32_t* invalid_ids = nullptr;  // [1], or null with clean_ids, which is null for no tokens, too
   // [t, H / 128] if x is e4m3 already, else null.
   const std::byte* x_scales = nullptr;
 };

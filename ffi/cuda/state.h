@@ -66,7 +66,7 @@ enum class Failure : uint32_t {
   kBadCount,
   kBadHandle,
   kOverwritten,  // a peer went on while its data was read
-  kNotFinished,  // more than two operations were started and not finished
+  kNotFinished,  // an operation was started whose bank this rank still has to finish
   kInterrupted,  // by the host
   kPeerDead,
 };

@@ -150,8 +150,8 @@ __global__ void __launch_bounds__(kSumThreads, kSendBlocks)
 
 __device__ __noinline__ void Poison(const Op& op, const Params& p, const ReceiveSumsArgs& a) {
   FinishReceive(op, p);
-  Fill(a.y, uint64_t(a.num_tokens) * p.row_bytes, 0xFFFFFFFFu);
-  Fill(a.scalars, uint64_t(a.num_tokens) * p.g.top_k * sizeof(float), 0xFFFFFFFFu);
+  Fill(a.y, uint64_t(a.num_tokens) * p.row_bytes, 0xFFFFFFFFu, Together());
+  Fill(a.scalars, uint64_t(a.num_tokens) * p.g.top_k * sizeof(float), 0xFFFFFFFFu, Together());
 }
 
 template <typename T_, typename W>

@@ -100,10 +100,8 @@ __global__ void __launch_bounds__(kSendThreads, kBlocksPerSm)
   StoreTicket(op, p);
   AwaitBank(op, p);
   if (op.bad) {
-    if (a.clean_ids) {
-      Fill(a.clean_ids, uint64_t(a.num_tokens) * K * sizeof(int32_t), 0xFFFFFFFFu);
-      if (blockIdx.x == 0 && threadIdx.x == 0) *a.invalid_ids = 0;
-    }
+    Fill(a.clean_ids, uint64_t(a.num_tokens) * K * sizeof(int32_t), 0xFFFFFFFFu, Together());
+    if (a.invalid_ids && blockIdx.x == 0 && threadIdx.x == 0) *a.invalid_ids = 0;
     return;
   }
   std::byte* message = op.outbox(p.g, op.region, op.rank);
@@ -178,7 +176,7 @@ __global__ void __launch_bounds__(kSendThreads, kBlocksPerSm)
     for (int r = threadIdx.x; r < R; r += blockDim.x) {
       if (op.live[r] && op.pointer[r]) SignalByPointer(op, p, r, a.num_tokens);
     }
-    if (threadIdx.x == blockDim.x - 1 && a.clean_ids) {
+    if (threadIdx.x == blockDim.x - 1 && a.invalid_ids) {
       const uint32_t invalid = atomicExch(&state.invalid_now, 0u);
       *a.invalid_ids = int32_t(invalid);
       if (invalid) atomicAdd(&state.invalid_ids, (unsigned long long)invalid);
@@ -249,16 +247,16 @@ __device__ void PrefetchTables(const Params& p, bool weighted, bool picks) {
   }
 }
 
-__device__ __noinline__ void Poison(const Op& op, const Params& p, const ReceiveTokensArgs& a) {
+__device__ __noinline__ void Poison(const Op& op, const Params& p, const ReceiveTokensArgs& a, Filling by) {
   FinishReceive(op, p);
   const uint64_t choices = uint64_t(p.g.max_ranks) * p.g.max_tokens * p.g.top_k;
-  Fill(a.rows, a.num_rows * p.row_bytes, 0xFFFFFFFFu);
-  Fill(a.scales, a.num_rows * p.scale_bytes, 0xFFFFFFFFu);
-  Fill(a.row_weights, a.num_rows * sizeof(float), 0xFFFFFFFFu);
-  Fill(a.group_sizes, p.g.experts_per_rank * sizeof(int32_t), 0);
-  Fill(a.demand, p.g.experts_per_rank * sizeof(int32_t), 0);
-  Fill(a.row_of, choices * sizeof(int32_t), 0xFFFFFFFFu);
-  Fill(a.dropped, sizeof(int32_t), 0);
+  Fill(a.rows, a.num_rows * p.row_bytes, 0xFFFFFFFFu, by);
+  Fill(a.scales, a.num_rows * p.scale_bytes, 0xFFFFFFFFu, by);
+  Fill(a.row_weights, a.num_rows * sizeof(float), 0xFFFFFFFFu, by);
+  Fill(a.group_sizes, p.g.experts_per_rank * sizeof(int32_t), 0, by);
+  Fill(a.demand, p.g.experts_per_rank * sizeof(int32_t), 0, by);
+  Fill(a.row_of, choices * sizeof(int32_t), 0xFFFFFFFFu, by);
+  Fill(a.dropped, sizeof(int32_t), 0, by);
   if (blockIdx.x == 0) ReportPeers(op, p, a.peers);
 }
 
@@ -296,7 +294,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? kBlocksPerSm : 1)
   PrefetchTables(p, a.weighted, !kPlanned);
   Begin(op, p, /*sending=*/false);
   AwaitAll(op, p);
-  if (op.bad) return Poison(op, p, a);
+  if (op.bad) return Poison(op, p, a, Together());
   Plan plan(p.g, kPlanned ? p.control->state.scratch : dynamic);
   const int words = (E + kWarp - 1) / kWarp;
   if constexpr (kPlanned) {  // limits and starts of the experts are wanted for every row
@@ -415,13 +413,13 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? kBlocksPerSm : 1)
     if (!a.scales) continue;
     for (int i = lane; i < p.scale_bytes; i += kWarp) a.scales[row * p.scale_bytes + i] = std::byte(0);
   }
-  if (!EndReceive(op, p)) Poison(op, p, a);
+  if (!EndReceive(op, p)) Poison(op, p, a, Alone());  // others may have ended, or write on
 }
 
-__device__ __noinline__ void Poison(const Op& op, const Params& p, const ReceiveAlongArgs& a) {
+__device__ __noinline__ void Poison(const Op& op, const Params& p, const ReceiveAlongArgs& a, Filling by) {
   FinishReceive(op, p);
-  Fill(a.rows, a.num_rows * p.row_bytes, 0xFFFFFFFFu);
-  Fill(a.row_weights, a.num_rows * sizeof(float), 0xFFFFFFFFu);
+  Fill(a.rows, a.num_rows * p.row_bytes, 0xFFFFFFFFu, by);
+  Fill(a.row_weights, a.num_rows * sizeof(float), 0xFFFFFFFFu, by);
 }
 
 // Rows, or weights only, along the handle of an earlier dispatch.
@@ -443,7 +441,7 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? kBlocksPerSm : 1)
     if (threadIdx.x == 0 && used > a.num_rows) Fail(op, p, Failure::kBadHandle, op.rank);
     __syncthreads();
   }
-  if (op.bad) return Poison(op, p, a);
+  if (op.bad) return Poison(op, p, a, Together());
   __syncthreads();  // from here on a warp that is done may find that the operation has failed
   const int segments = p.segments.value;
   for (int unit = blockIdx.x * warps + warp; unit < R * T * segments; unit += gridDim.x * warps) {
@@ -488,9 +486,9 @@ __global__ void __launch_bounds__(kMoveThreads, Codec::kRaw ? kBlocksPerSm : 1)
       }
     }
   }
-  Fill(a.rows + uint64_t(used) * p.row_bytes, uint64_t(a.num_rows - used) * p.row_bytes, 0);
-  if (a.row_weights) Fill(a.row_weights + used, uint64_t(a.num_rows - used) * sizeof(float), 0);
-  if (!EndReceive(op, p)) Poison(op, p, a);
+  Fill(a.rows + uint64_t(used) * p.row_bytes, uint64_t(a.num_rows - used) * p.row_bytes, 0, Together());
+  if (a.row_weights) Fill(a.row_weights + used, uint64_t(a.num_rows - used) * sizeof(float), 0, Together());
+  if (!EndReceive(op, p)) Poison(op, p, a, Alone());  // others may have ended, or write on
 }
 
 }  // namespace

@@ -326,7 +326,7 @@ void Operation::Publish(int to, size_t first_bytes, size_t second_bytes, size_t 
     return;
   }
   // Before anything is written to memory that may no longer be there.
-  if (const auto notice = endpoint_.NoticeOf(to)) ThrowStopped(to, *notice);
+  if (const auto notice = endpoint_.NoticeOf(to)) return GiveUp(to, *notice);
   Message message = outgoing(to);
   uint64_t remote = peer.remote_base + endpoint_.layout_.inbox(bank_, rank());
   std::vector<NixlAgent::Piece> pieces;
@@ -396,7 +396,7 @@ void Operation::GiveUp(int peer, const std::string& why) {
 
 void Operation::GiveUp(int peer, const NixlError& error) {
   // A rank that said goodbye cannot be written to any more.
-  if (const auto notice = endpoint_.NoticeOf(peer)) ThrowStopped(peer, *notice);
+  if (const auto notice = endpoint_.NoticeOf(peer)) return GiveUp(peer, *notice);
   GiveUp(peer, std::string("cannot be reached: ") + error.what());
 }
 
@@ -426,11 +426,12 @@ bool Operation::Arrived(int from) {
   if (whole && stamp > stamp_ && (stamp >> kEpochShift) == (stamp_ >> kEpochShift)) {
     throw EpError(Describe() + ": " + who + " went on without this rank, which was too late");
   }
-  if (notice) ThrowStopped(from, *notice);
+  if (notice) GiveUp(from, *notice);
   return false;
 }
 
-void Operation::ThrowStopped(int peer, Notice notice) const {
+void Operation::GiveUp(int peer, Notice notice) {
+  if (notice == Notice::kFailed && endpoint_.options_.mask_late_peers) return GiveUp(peer, "failed");
   throw EpError(Describe() + ": rank " + std::to_string(peer) +
                 (notice == Notice::kLeft ? " has left the group" : " failed; see its error"));
 }
@@ -456,7 +457,7 @@ PeerState Operation::Wait(int from) {
       Pause();
       continue;
     }
-    if (peer.memory && now - start > kNapShared && !peer.memory->OwnerAlive() && !Arrived(from)) {
+    if (peer.memory && now - start > kNapShared && !peer.memory->OwnerAlive() && !Arrived(from) && live(from)) {
       why = "is dead";
       break;
     }

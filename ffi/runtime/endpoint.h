@@ -184,7 +184,8 @@ class Operation {
 
   std::string Describe() const;  // "combine #4 (operation 17 of epoch 1)"
   bool Arrived(int from);        // throws on a signal or notice that ends the operation
-  [[noreturn]] void ThrowStopped(int peer, Notice notice) const;
+  // For a peer that stopped and sent nothing for this operation.
+  void GiveUp(int peer, Notice notice);
   // Goes on without a peer, or ends the operation: as the group was told to.
   void GiveUp(int peer, const std::string& why);
   // The same for one that NIXL fails to reach.

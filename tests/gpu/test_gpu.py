@@ -198,43 +198,48 @@ def test_replays(gpu_pools, buffers):
 # --- Halves ---
 
 
-def rank_halves(job, config, deep):
-    """Operations in halves, two in flight at once if `deep`."""
+def two_in_halves(order, starts, finish, edge, after=None):
+    """The results of two operations; `edge` makes an order edge of one."""
+    a = starts[0](after=after)
+    if order == "apart":
+        got_a = finish(a)
+        return got_a, finish(starts[1](after=edge(got_a)))
+    b = starts[1](after=a.order)
+    if order == "nested":
+        got_b = finish(b)
+        return finish(a, after=edge(got_b)), got_b
+    got_a = finish(a, after=b.order)
+    return got_a, finish(b, after=edge(got_a))
+
+
+def rank_halves(job, config, order):
     import jax
 
     import jax_nixlep as nx
 
     job.initialize(config)
-    x, ids, weights = make_input(config, job.rank, 6, 0)
-    other, other_ids, other_weights = make_input(config, job.rank, 6, 1)
+    inputs = [make_input(config, job.rank, 6, seed) for seed in (0, 1)]
+
+    def edge(received):
+        return received.status.order
 
     @jax.jit
-    def step(x, other):
-        a = nx.dispatch_start(x, ids, weights, config=config)
-        if deep:
-            b = nx.dispatch_start(other, other_ids, other_weights, config=config, after=a.order)
-            got_a = nx.dispatch_finish(a, after=b.order)
-        else:
-            got_a = nx.dispatch_finish(a)
-            b = nx.dispatch_start(other, other_ids, other_weights, config=config, after=got_a.status.order)
-        got_b = nx.dispatch_finish(b, after=got_a.status.order)
-        sum_a = nx.combine_start(got_a.tokens, got_a.handle, config=config, after=got_b.status.order)
-        if not deep:
-            y_a = nx.combine_finish(sum_a)
-        sum_b = nx.combine_start(got_b.tokens, got_b.handle, config=config, after=sum_a.order if deep else y_a)
-        if deep:
-            y_a = nx.combine_finish(sum_a, after=sum_b.order)
-        y_b = nx.combine_finish(sum_b, after=y_a)
-        return got_a, y_a, y_b
+    def step(xs):
+        routings = [routing for _, *routing in inputs]
+        starts = [functools.partial(nx.dispatch_start, x, *r, config=config) for x, r in zip(xs, routings, strict=True)]
+        got = two_in_halves(order, starts, nx.dispatch_finish, edge)
+        done = edge(got[0 if order == "nested" else 1])
+        starts = [functools.partial(nx.combine_start, g.tokens, g.handle, config=config) for g in got]
+        return got[0], *two_in_halves(order, starts, nx.combine_finish, lambda y: y, done)
 
-    return [jax.tree.map(np.asarray, step(x, other)) for _ in range(5)]
+    return [jax.tree.map(np.asarray, step([x for x, *_ in inputs])) for _ in range(5)]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("deep", [False, True])
-def test_halves(gpu_pools, deep, transport):
+@pytest.mark.parametrize("order", ["apart", "side by side", "nested"])
+def test_halves(gpu_pools, order, transport):
     config = make_config()
-    answers = gpu_pools(2, transport).run(rank_halves, config, deep)
+    answers = gpu_pools(2, transport).run(rank_halves, config, order)
     expected = []
     for seed in (0, 1):
         inputs = [make_input(config, r, 6, seed) for r in range(2)]
@@ -436,6 +441,35 @@ def test_sums_along_a_forged_handle_look_good_to_nobody(gpu_pools, transport):
     (poisoned, failure), (peers_poisoned, peers_failure) = gpu_pools(2, transport).run(rank_forges, make_config())
     assert poisoned and "handle must be the one dispatch returned" in failure
     assert peers_poisoned and "rank 0 failed" in peers_failure
+
+
+def rank_fails(job, config):
+    """The combine of rank 2 fails, and says so. Whom the others miss in the dispatch after it."""
+    import jax
+
+    import jax_nixlep as nx
+
+    group = job.initialize(config, timeout_s=30, on_timeout="mask")
+    x, ids, weights = make_input(config, job.rank, 6, 0, "distinct")
+    received = nx.dispatch(x, ids, weights, config=config)
+    handle = received.handle
+    if job.rank == 2:
+        handle = handle._replace(row_of=handle.row_of + 1_000_000)
+    start = time.monotonic()
+    y = jax.jit(functools.partial(nx.combine, config=config))(received.tokens, handle)
+    failed = bool(np.isnan(np.asarray(y)).all())
+    if job.rank == 2:
+        return failed
+    peers = np.asarray(nx.dispatch(x, ids, weights, config=config).status.peers)
+    return failed, list(peers), group.health().masked, time.monotonic() - start
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_masks_a_peer_that_failed_at_once(gpu_pools, transport):
+    *others, failed = gpu_pools(3, transport).run(rank_fails, make_config(max_ranks=3, top_k=4))
+    assert failed
+    for poisoned, peers, masked, took in others:
+        assert not poisoned and peers == [0, 0, 1] and masked == (2,) and took < 15
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
