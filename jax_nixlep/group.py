@@ -410,8 +410,8 @@ def initialize(
             raise ValueError(f'initialize: kernels must be "native" or "nixl_ep"; got {kernels!r}; choose one')
         times = {"timeout_s": timeout_s, "init_timeout_s": init_timeout_s, "restore_timeout_s": restore_timeout_s}
         for name, value in times.items():
-            if not value > 0:
-                raise ValueError(f"initialize: {name} must be positive; got {value}; give seconds")
+            if not 0 < value <= 1e9:
+                raise ValueError(f"initialize: {name} must be positive, and at most 1e9; got {value}; give seconds")
         elastic = elastic or join
         upstream = None if store is None or isinstance(store, str) else store
         if upstream is not None and (kernels != "nixl_ep" or mesh is not None):

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/device.cuh"
+#include "cuda/numbers.cuh"
 
 namespace jax_nixlep::cuda {
 

@@ -1,151 +1,12 @@
-// What every kernel is made of: memory access, conversions, and one block's view of an operation.
+// One block's view of an operation: what every kernel begins and ends with, and how it waits.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_fp8.h>
 #include <ucp/api/device/ucp_device_impl.h>
 
+#include "cuda/access.cuh"
 #include "cuda/kernels.h"
 
 namespace jax_nixlep::cuda {
-
-inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;
-inline constexpr int kWarp = 32;
-
-// --- Memory ---
-
-__device__ inline uint64_t LoadAcquire(const uint64_t* p) {
-  uint64_t value;
-  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
-  return value;
-}
-__device__ inline uint64_t LoadRelaxed(const uint64_t* p) {
-  uint64_t value;
-  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
-  return value;
-}
-__device__ inline uint32_t LoadRelaxed(const uint32_t* p) {
-  uint32_t value;
-  asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
-  return value;
-}
-__device__ inline void StoreRelaxed(uint64_t* p, uint64_t value) {
-  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
-}
-__device__ inline void StoreRelaxed(uint32_t* p, uint32_t value) {
-  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
-}
-__device__ inline void StoreRelease(uint64_t* p, uint64_t value) {
-  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
-}
-
-// atomicInc that sees what those before it wrote; a fence would take several times as long.
-__device__ inline uint32_t IncrementAcquire(uint32_t* p, uint32_t most) {
-  uint32_t before;
-  asm volatile("atom.acquire.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(most) : "memory");
-  return before;
-}
-
-__device__ inline uint64_t Now() {
-  uint64_t ns;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(ns));
-  return ns;
-}
-
-// Neighbouring 4-byte words that move in one instruction. Values inside are taken apart by Unpack, in registers.
-template <int kWords>
-struct alignas(4 * kWords) Words {
-  uint32_t w[kWords];
-};
-
-// Rows are used once: keep them out of L1, which would only delay the loads. Never the read-only path: peers write
-// while kernels run.
-template <int kWords>
-__device__ inline Words<kWords> LoadOnce(const std::byte* p) {
-  static_assert(kWords == 4 || kWords == 2 || kWords == 1);
-  Words<kWords> x;
-  if constexpr (kWords == 4) {
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3])
-                 : "l"(p));
-  } else if constexpr (kWords == 2) {
-    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(x.w[0]), "=r"(x.w[1]) : "l"(p));
-  } else {
-    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(x.w[0]) : "l"(p));
-  }
-  return x;
-}
-
-template <int kWords>
-__device__ inline void Store(std::byte* p, const Words<kWords>& x) {
-  if constexpr (kWords == 4) {
-    *reinterpret_cast<uint4*>(p) = {x.w[0], x.w[1], x.w[2], x.w[3]};
-  } else if constexpr (kWords == 2) {
-    *reinterpret_cast<uint2*>(p) = {x.w[0], x.w[1]};
-  } else {
-    *reinterpret_cast<uint32_t*>(p) = x.w[0];
-  }
-}
-
-// --- Numbers: a granule is one 16-byte vector of tokens, or the same values on the wire. ---
-
-using bf16 = __nv_bfloat16;
-using f16 = __half;
-struct e4m3 {
-  uint8_t bits;
-};
-
-template <typename T>
-inline constexpr int kValues = 16 / int(sizeof(T));  // in a granule
-template <typename T, typename W>
-inline constexpr int kWordsOf = int(kValues<T> * sizeof(W) / 4);
-template <typename T, typename W>
-using Granule = Words<kWordsOf<T, W>>;  // of tokens of type T, stored as W
-
-template <typename W, int kWords, int kCount>
-__device__ inline void Unpack(float (&out)[kCount], const Words<kWords>& in) {
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    const uint32_t w = in.w[i];
-    if constexpr (sizeof(W) == 4) {
-      out[i] = __uint_as_float(w);
-    } else if constexpr (std::is_same_v<W, bf16>) {
-      out[2 * i] = __uint_as_float(w << 16);
-      out[2 * i + 1] = __uint_as_float(w & 0xFFFF0000u);
-    } else if constexpr (std::is_same_v<W, f16>) {
-      out[2 * i] = __half2float(__ushort_as_half(uint16_t(w)));
-      out[2 * i + 1] = __half2float(__ushort_as_half(uint16_t(w >> 16)));
-    } else {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        out[4 * i + j] = __half2float(__half(__nv_cvt_fp8_to_halfraw(uint8_t(w >> 8 * j), __NV_E4M3)));
-      }
-    }
-  }
-}
-
-template <typename W, int kWords, int kCount>
-__device__ inline void Pack(Words<kWords>& out, const float (&in)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    if constexpr (sizeof(W) == 4) {
-      out.w[i] = __float_as_uint(in[i]);
-    } else if constexpr (std::is_same_v<W, bf16>) {
-      out.w[i] = uint32_t(__bfloat16_as_ushort(__float2bfloat16_rn(in[2 * i]))) |
-                 uint32_t(__bfloat16_as_ushort(__float2bfloat16_rn(in[2 * i + 1]))) << 16;
-    } else if constexpr (std::is_same_v<W, f16>) {
-      out.w[i] = uint32_t(__half_as_ushort(__float2half_rn(in[2 * i]))) |
-                 uint32_t(__half_as_ushort(__float2half_rn(in[2 * i + 1]))) << 16;
-    } else {
-      out.w[i] = 0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        out.w[i] |= uint32_t(__nv_cvt_float_to_fp8(in[4 * i + j], __NV_SATFINITE, __NV_E4M3)) << 8 * j;
-      }
-    }
-  }
-}
 
 // Division by a number that the host knows.
 struct Divisor {
@@ -159,8 +20,6 @@ struct Divisor {
     return int(q - (q * value > uint32_t(n)));
   }
 };
-
-// --- One block's view of an operation. ---
 
 struct Params {
   Control* control;
@@ -215,20 +74,6 @@ __device__ inline const std::byte* TablesOf(const Op& op, const Params& p, int r
 }
 __device__ inline const std::byte* TokensOf(const Op& op, const Params& p, int r) {
   return op.pointer[r] ? op.outbox(p.g, op.pointer[r], r) : op.inbox(p.g, op.region, r);
-}
-
-// What will be read: into L2, where it is at home, hence always fresh. Never of a peer's memory: each such line takes
-// 20 ns of NVLink, one after the other.
-__device__ inline void Prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-inline constexpr int kLineBytes = 128;
-// A range, by one warp.
-__device__ inline void PrefetchRange(const std::byte* p, int num_bytes) {
-#pragma unroll 1
-  for (int i = threadIdx.x % kWarp * kLineBytes; i < num_bytes; i += kWarp * kLineBytes) Prefetch(p + i);
-}
-// A range of whole 16 bytes, by one thread. Of memory that is there: a plain prefetch may name any.
-__device__ inline void PrefetchBulk(const std::byte* p, int num_bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(num_bytes) : "memory");
 }
 
 // Writes to row `to` of the peers' regions, from this rank's.
@@ -533,7 +378,8 @@ __device__ inline void SignalByPointer(const Op& op, const Params& p, int to, in
   StoreRelaxed(&signal->tag, p.tag);
   StoreRelaxed(&signal->num_tokens, uint64_t(num_tokens));
   StoreRelaxed(&signal->check, Signal::Check(op.nonce[op.rank], op.stamp, p.tag, uint64_t(num_tokens)));
-  StoreRelaxed(&signal->stamp, op.stamp);  // after the fences of all blocks; `check` ties the four words together
+  // After the fences of all blocks, which have performed their writes. `check` ties the four words together.
+  StoreRelaxed(&signal->stamp, op.stamp);
 }
 __device__ __noinline__ inline void SignalByPut(const Op& op, const Params& p, int to, int num_tokens) {
   SignalCell* own = &p.control->signals[op.bank][op.rank];
@@ -642,7 +488,7 @@ __device__ __noinline__ inline void ReleaseBank(Op& op, const Params& p) {
 // been overwritten. All threads.
 __device__ inline bool EndReceive(Op& op, const Params& p) {
   FinishReceive(op, p);
-  __syncwarp();
+  __syncwarp();  // the lanes have read what the others of the warp look after
   bool gave_up = false;
   for (int r = threadIdx.x % kWarp; r < p.g.max_ranks; r += kWarp) {  // each warp for what it has read
     if (r == op.rank || !op.live[r] || Now() < op.safe_until_ns || !GaveUp(op, p, r)) continue;

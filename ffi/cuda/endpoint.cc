@@ -12,6 +12,7 @@
 #include <exception>
 #include <future>
 #include <map>
+#include <tuple>
 #include <utility>
 
 #include "cuda/host.h"
@@ -42,6 +43,7 @@ struct DeviceMemory {
   // Of the endpoint that has it; 0: none.
   uint64_t nonce = 0;
   std::byte* region = nullptr;
+  size_t region_bytes = 0;  // allocated: at least what the endpoint asked for
 };
 
 std::mutex memory_mutex;
@@ -50,17 +52,17 @@ std::map<int, DeviceMemory>& Memories() {
   return *memories;
 }
 
-std::byte* TakeRegion(DeviceMemory& memory, size_t num_bytes) {
-  std::byte* region = nullptr;
-  auto found = memory.free_regions.find(num_bytes);
-  if (found != memory.free_regions.end()) {
-    region = found->second;
+void TakeRegion(DeviceMemory& memory, size_t num_bytes) {
+  auto found = memory.free_regions.lower_bound(num_bytes);
+  if (found != memory.free_regions.end()) {  // it stays as it is: a slow peer of the earlier group may still read it
+    std::tie(memory.region_bytes, memory.region) = *found;
     memory.free_regions.erase(found);
-  } else {
-    Check(cudaMalloc(&region, num_bytes), "allocating the symmetric memory");
-    Check(cudaMemset(region, 0, num_bytes), "clearing the symmetric memory");
+    return;
   }
-  return region;  // one that was used before stays as it is: a slow peer of the earlier group may still read it
+  std::byte* region = nullptr;
+  Check(cudaMalloc(&region, num_bytes), "allocating the symmetric memory");
+  Check(cudaMemset(region, 0, num_bytes), "clearing the symmetric memory");
+  memory.region_bytes = num_bytes, memory.region = region;
 }
 
 // Reads a number of SMs from the environment: how much of the GPU the operations may take.
@@ -109,13 +111,14 @@ CudaEndpoint::CudaEndpoint(const EndpointOptions& options, int device)
     Check(cudaMalloc(&memory.control, sizeof(Control)), "allocating the control block");
     Check(cudaHostAlloc(&memory.host, sizeof(HostBlock), cudaHostAllocMapped), "allocating host memory");
   }
-  region_ = TakeRegion(memory, num_bytes());
+  TakeRegion(memory, num_bytes());
+  region_ = memory.region;
   control_ = memory.control;
   host_ = memory.host;
   std::memset(static_cast<void*>(host_), 0, sizeof(*host_));
   Check(cudaMemset(control_, 0, sizeof(Control)), "clearing the control block");
   Check(cudaDeviceSynchronize(), "clearing the symmetric memory");
-  memory.nonce = nonce_, memory.region = region_;
+  memory.nonce = nonce_;
 }
 
 CudaEndpoint::~CudaEndpoint() {
@@ -188,8 +191,7 @@ struct Place {
 // NIXL waits without end for a rank that dies while it is being connected.
 constexpr const char* kStuck =
     "endpoint: a rank that is being connected must answer; got none for 30 s, and NIXL waits on; start this rank "
-    "again, "
-    "it cannot connect to others any more";
+    "again, it cannot connect to others any more";
 
 std::string CudaEndpoint::OpenNixl(const std::string& library, const std::string& name) {
   std::lock_guard connect(connect_);
@@ -364,7 +366,7 @@ void CudaEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
   for (int r = 0; r < R; ++r) {
     if (!members_[size_t(r)] || r == rank() || std::find(members.begin(), members.end(), r) != members.end()) continue;
     auto* control = reinterpret_cast<Control*>(views_->pointers[size_t(ControlRow(r, R))]);
-    if (!control) continue;  // it reads its own memory only
+    if (!control) continue;  // by put it reads its own memory only, and finds that nobody answers
     Check(cudaMemcpyAsync(&control->notices[rank()].given_up, &host_->given_up, sizeof(host_->given_up),
                           cudaMemcpyHostToDevice, stream_),
           "telling a rank that it is out");
@@ -374,7 +376,7 @@ void CudaEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
   } else if ((next_views_ && next_views_->links == wanted) || (serves(next_views_) && !serves(views_))) {
     retired_.push_back(std::exchange(views_, std::exchange(next_views_, nullptr)));
   } else if (!serves(views_)) {
-    throw EpError("endpoint: the members were connected anew while an epoch began");
+    throw EpError("endpoint: the members were connected anew while an epoch began, or NIXL never connected one");
   }
   DeviceState& state = host_->to_write;
   std::memset(static_cast<void*>(&state), 0, sizeof(state));
@@ -478,7 +480,7 @@ void CudaEndpoint::Close() {
   cudaStreamDestroy(stream_), cudaStreamDestroy(background_);
   std::lock_guard memory_lock(memory_mutex);
   DeviceMemory& memory = Memories()[device_];
-  memory.free_regions.emplace(num_bytes(), region_);
+  memory.free_regions.emplace(memory.region_bytes, region_);
   memory.nonce = 0;
 }
 

@@ -123,8 +123,9 @@ class CudaEndpoint {
   void* local_view_ = nullptr;
   bool stuck_ = false;  // a view is being made, and may be for ever: NIXL is not to be called any more
 
-  mutable std::mutex mutex_;  // for what follows and for stream_; not held while anything is waited for but copies
-  Links links_;               // as of now
+  // For what follows and for stream_. Until Close, not held while anything is waited for but copies.
+  mutable std::mutex mutex_;
+  Links links_;  // as of now
   std::vector<std::unique_ptr<SharedMemory>> pages_;
   std::vector<bool> members_;
   std::shared_ptr<Views> views_, next_views_;   // of the kernels; ready for them

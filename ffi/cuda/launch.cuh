@@ -37,7 +37,7 @@ inline int Blocks(int64_t units, int per_block, int most) {
   return int(std::clamp<int64_t>((units + per_block - 1) / per_block, 1, most));
 }
 
-// Preload in parts.
+// Preload of kernels.h, for the kernels of one file each.
 cudaError_t PreloadTokens();
 cudaError_t PreloadSums();
 // To ask for a kernel's attributes loads it.

@@ -16,7 +16,7 @@ template <typename E>
 py::dict Address(const E& endpoint) {
   py::dict address;
   address["pid"] = getpid();
-  address["fd"] = -1;  // no peer maps it: all are reached through NIXL
+  address["fd"] = -1;  // no peer maps anything, unless the caller says otherwise
   address["nonce"] = endpoint.nonce();
   address["base"] = reinterpret_cast<uintptr_t>(endpoint.region());
   return address;

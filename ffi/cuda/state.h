@@ -126,7 +126,7 @@ struct DeviceState {
   void *local_view, *remote_view;
   FailureReport* report;
   std::byte* scratch;  // of the routing plan
-  // Blocks that passed a point of the running kernel; back at zero when the last one has.
+  // Blocks that passed a point of the running kernel; back at zero when the last one has, unless the operation failed.
   uint32_t tails, arrivals[kMaxRanks];
   uint32_t invalid_now;
   // From here on: counted as long as the endpoint lives. What is above is written anew for each epoch.

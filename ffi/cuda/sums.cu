@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cuda/launch.cuh"
+#include "cuda/numbers.cuh"
 
 namespace jax_nixlep::cuda {
 namespace {

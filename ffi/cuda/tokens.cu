@@ -272,7 +272,7 @@ struct TokenUnit {
   }
 };
 
-// The scales of a row, by a warp. They need not be aligned for more than one.
+// The scales of a row, by a warp, one at a time: a row of them begins where the one before ends.
 __device__ __noinline__ void CopyScales(const Params& p, std::byte* to, const std::byte* from) {
   const int lane = threadIdx.x % kWarp;
   if (p.ue8m0) {

@@ -69,8 +69,8 @@ struct Message {
 
 // Offsets in a region:
 //   control | notices [R] | signals [banks][R] | outbox [banks][R] | inbox [banks][R]
-// Peers that share memory read the sender's outbox (pull); other peers get it written into their inbox (push), which
-// stays untouched, hence without physical memory, where nobody pushes. No size depends on the number of experts but
+// Peers that share memory read the sender's outbox (pull); other peers get it written into their inbox (push). On CPUs
+// what is never touched takes no physical memory; on a GPU all of it does. No size depends on the number of experts but
 // that of picks, which follow the rows of a message between GPUs: uint32 [chunks, E], a bit for each token of a chunk
 // that goes to the expert of the receiver.
 struct Layout {
