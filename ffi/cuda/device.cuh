@@ -85,13 +85,15 @@ __device__ __noinline__ void Put(const Op& op, const DeviceState& state, int to,
                          static_cast<ucp_device_remote_mem_list_h>(state.remote_view), unsigned(RegionRow(to)), offset,
                          num_bytes, 0, UCP_DEVICE_FLAG_NODELAY, nullptr);
 }
-// Writes a field of the control block to the same place of the peer's.
+// Writes a field of the control block to the same place of the peer's. False: the way to it cannot be used by kernels.
 template <ucs_device_level_t kLevel>
-__device__ __noinline__ void PutControl(Control* own, int max_ranks, int to, const void* field, uint64_t num_bytes) {
+__device__ __noinline__ bool PutControl(Control* own, int max_ranks, int to, const void* field, uint64_t num_bytes) {
   const size_t offset = size_t(static_cast<const char*>(field) - reinterpret_cast<const char*>(own));
-  ucp_device_put<kLevel>(static_cast<ucp_device_local_mem_list_h>(own->state.local_view), 1, offset,
-                         static_cast<ucp_device_remote_mem_list_h>(own->state.remote_view),
-                         unsigned(ControlRow(to, max_ranks)), offset, num_bytes, 0, UCP_DEVICE_FLAG_NODELAY, nullptr);
+  const ucs_status_t status = ucp_device_put<kLevel>(
+      static_cast<ucp_device_local_mem_list_h>(own->state.local_view), 1, offset,
+      static_cast<ucp_device_remote_mem_list_h>(own->state.remote_view), unsigned(ControlRow(to, max_ranks)), offset,
+      num_bytes, 0, UCP_DEVICE_FLAG_NODELAY, nullptr);
+  return !UCS_STATUS_IS_ERR(status);
 }
 
 // Sets a field of the notice cell that `to` keeps for this rank; adds the nonce. One thread.
@@ -381,7 +383,7 @@ __device__ inline void SignalByPointer(const Op& op, const Params& p, int to, in
   // After the fences of all blocks, which have performed their writes. `check` ties the four words together.
   StoreRelaxed(&signal->stamp, op.stamp);
 }
-__device__ __noinline__ inline void SignalByPut(const Op& op, const Params& p, int to, int num_tokens) {
+__device__ __noinline__ inline void SignalByPut(Op& op, const Params& p, int to, int num_tokens) {
   SignalCell* own = &p.control->signals[op.bank][op.rank];
   if (threadIdx.x % kWarp == 0) {  // several warps may write the same words
     StoreRelaxed(&own->signal.tag, p.tag);
@@ -391,10 +393,11 @@ __device__ __noinline__ inline void SignalByPut(const Op& op, const Params& p, i
   }
   __threadfence_system();
   __syncwarp();
-  PutControl<UCS_DEVICE_LEVEL_WARP>(p.control, p.g.max_ranks, to, own, sizeof(Signal));
+  const bool put = PutControl<UCS_DEVICE_LEVEL_WARP>(p.control, p.g.max_ranks, to, own, sizeof(Signal));
   __threadfence_system();
   __syncwarp();
   if (threadIdx.x % kWarp == 0) {
+    if (!put && !p.control->state.mask_late_peers) Fail(op, p, Failure::kUnreachable, to);
     const uint64_t* counter = &own->arrivals[(op.stamp >> kEpochShift) % kEpochSlots];
     const size_t offset = size_t(reinterpret_cast<const char*>(counter) - reinterpret_cast<const char*>(p.control));
     ucp_device_counter_inc<UCS_DEVICE_LEVEL_THREAD>(

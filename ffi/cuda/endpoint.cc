@@ -566,6 +566,10 @@ std::string CudaEndpoint::Failure() const {
       return what + who + " went on while its data was read";
     case cuda::Failure::kPeerDead:
       return what + who + " is dead; check that rank's output";
+    case cuda::Failure::kUnreachable:
+      return what + who +
+             " must be on a GPU that this one reaches, or behind a network card with GPUDirect Async; "
+             "got a way that kernels of this build cannot take; build with headers of a UCX that has it";
     case cuda::Failure::kInterrupted:
       return what + "the members changed while it waited for " + who;
     case cuda::Failure::kNotFinished:

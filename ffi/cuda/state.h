@@ -69,6 +69,7 @@ enum class Failure : uint32_t {
   kNotFinished,  // an operation was started whose bank this rank still has to finish
   kInterrupted,  // by the host
   kPeerDead,
+  kUnreachable,  // by kernels, though NIXL connects it
 };
 
 // What the host asks of kernels that wait.
