@@ -88,6 +88,12 @@ CudaEndpoint::CudaEndpoint(const EndpointOptions& options, int device)
                   std::to_string(capacity().max_ranks));
   }
   OnDevice current(device_);
+  std::lock_guard lock(memory_mutex);
+  DeviceMemory& memory = Memories()[device_];
+  if (memory.nonce) {  // before anything is allocated
+    throw EpError("endpoint: GPU " + std::to_string(device_) +
+                  " must belong to one group of this process; got a second; shut the first one down");
+  }
   if (getrandom(&nonce_, sizeof(nonce_), 0) != sizeof(nonce_)) throw EpError("endpoint: getrandom failed");
   nonce_ |= 1;
   page_ = SharedMemory::Create(sizeof(nonce_));
@@ -101,12 +107,6 @@ CudaEndpoint::CudaEndpoint(const EndpointOptions& options, int device)
   const auto num_ranks = size_t(capacity().max_ranks);
   links_.resize(num_ranks), pages_.resize(num_ranks), members_.resize(num_ranks);
 
-  std::lock_guard lock(memory_mutex);
-  DeviceMemory& memory = Memories()[device_];
-  if (memory.nonce) {
-    throw EpError("endpoint: GPU " + std::to_string(device_) +
-                  " must belong to one group of this process; got a second; shut the first one down");
-  }
   if (!memory.control) {
     Check(cudaMalloc(&memory.control, sizeof(Control)), "allocating the control block");
     Check(cudaHostAlloc(&memory.host, sizeof(HostBlock), cudaHostAllocMapped), "allocating host memory");
