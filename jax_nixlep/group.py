@@ -413,6 +413,11 @@ def initialize(
             if not 0 < value <= 1e9:
                 raise ValueError(f"initialize: {name} must be positive, and at most 1e9; got {value}; give seconds")
         elastic = elastic or join
+        if elastic and on_timeout == "mask":
+            raise ValueError(
+                'initialize: on_timeout must be "raise" in an elastic group; got "mask"; leave it out: `group.run` '
+                "repeats a step without a rank that is late or dead"
+            )
         upstream = None if store is None or isinstance(store, str) else store
         if upstream is not None and (kernels != "nixl_ep" or mesh is not None):
             raise ValueError(

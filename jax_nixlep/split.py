@@ -1,8 +1,9 @@
 """`dispatch` and `combine` in two halves, so that other work of the program runs while the tokens travel. CUDA only.
 
-`*_start` makes this rank's part visible and waits for nobody; `*_finish` waits for the peers. Every member calls the
-same halves in the same order. An operation that was started must be finished before the second one after it begins,
-halves or not: there is memory for two.
+`*_start` makes this rank's part visible; it waits for peers at most until they have begun the operation before, or read
+what was in the memory that it writes to. `*_finish` waits for the peers. Every member calls the same halves in the same
+order. An operation that was started must be finished before the second one after it begins, halves or not: there is
+memory for two.
 """
 
 from __future__ import annotations

@@ -100,6 +100,10 @@ def test_vmap_and_undequantized_gradients_are_refused():
         ({"rank": 0, "members": [0, 0]}, "members must be distinct ranks"),
         ({"rank": 1, "members": [0]}, "rank must be one of members [0]; got 1"),
         ({"rank": 0, "members": [0], "on_timeout": "ignore"}, "on_timeout must be"),
+        (
+            {"rank": 0, "members": [0], "store": "tcp://localhost:1", "elastic": True, "on_timeout": "mask"},
+            'on_timeout must be "raise" in an elastic group; got "mask"',
+        ),
         ({"rank": 0, "members": [0], "timeout_s": 0}, "timeout_s must be positive, and at most 1e9; got 0"),
         ({"rank": 0, "members": [0], "timeout_s": math.inf}, "timeout_s must be positive, and at most 1e9; got inf"),
         ({"rank": 0, "members": [0, 1], "store": "file:///tmp/x"}, "file:///tmp/x"),

@@ -409,27 +409,34 @@ __device__ __noinline__ inline void SignalByPut(Op& op, const Params& p, int to,
 
 // --- First and last acts of each half. ---
 
-// Before the first write of a sending half: the peers must have finished reading what the bank held. Operations one
-// after the other imply it (a peer that answers has finished the one before); where two were in flight it is waited
-// for. All members run the same program, so this rank knows from its own order where that was.
+// Before the first write of a sending half: the peers must have finished reading what the bank held, two operations
+// ago. Where the operation before this one was received already, that is implied: who sends one has finished the one
+// before. Where it was only started, its messages are looked for; where it was started before the one two ago was
+// finished, word of that. All members run the same program, so this rank knows from its own order which it was.
 __device__ __noinline__ inline void AwaitBankSlow(Op& op, const Params& p) {
   const DeviceState& state = p.control->state;
   const uint64_t deadline = Now() + state.timeout_ns;
   for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
     if (!op.live[r]) continue;
-    // A peer may have finished even this operation, where other blocks have sent theirs; a word that an earlier group
-    // left can be any number.
     auto unfinished = [&](int rank) {
-      return LoadAcquire(&p.control->notices[rank].finished) - (op.nonce[rank] + op.stamp - kBanks) > kBanks;
+      if (op.wait_for_bank) {
+        // A peer may have finished even this operation, where other blocks have sent theirs; a word that an earlier
+        // group left can be any number.
+        return LoadAcquire(&p.control->notices[rank].finished) - (op.nonce[rank] + op.stamp - kBanks) > kBanks;
+      }
+      const Signal& signal = p.control->signals[1 - op.bank][rank].signal;
+      const uint64_t tag = LoadRelaxed(&signal.tag), tokens = LoadRelaxed(&signal.num_tokens);
+      const uint64_t check = LoadRelaxed(&signal.check), stamp = LoadAcquire(&signal.stamp);
+      return stamp != op.stamp - 1 || check != Signal::Check(op.nonce[rank], stamp, tag, tokens);
     };
+    // By another block: only the first asks the host who is dead.
+    auto masked = [&] { return LoadRelaxed(&state.peers[r].decision) == (op.stamp | kTimedOutBit); };
     bool over = false, stopped = false, dead = false;  // before the word was read, which may be the peer's last
     for (unsigned polls = 1; unfinished(r); ++polls) {
       if (over && unfinished(op.rank)) {
         Fail(op, p, Failure::kNotFinished, r);
       } else if (over && state.mask_late_peers && !HasLeft(op, p, r)) {
         DecideTimeout(op, p, r, true);
-        op.live[r] = 0;
-        break;
       } else if (over) {
         const auto silent = dead ? Failure::kPeerDead : Failure::kTimedOut;
         Fail(op, p, !stopped ? silent : HasLeft(op, p, r) ? Failure::kPeerLeft : Failure::kPeerFailed, r);
@@ -438,17 +445,20 @@ __device__ __noinline__ inline void AwaitBankSlow(Op& op, const Params& p) {
         op.bad = 1;
         break;
       }
+      if (masked()) break;
       if (blockIdx.x + blockIdx.y == 0 && polls % kGlancesPerLook == 0 && StoppedByHost(op, p, r, dead)) break;
       stopped = HasStopped(op, p, r);
       over = dead || stopped || Now() > deadline;
       __nanosleep(kPauseNs);
     }
+    if (masked()) op.live[r] = 0;
   }
+  if (threadIdx.x == 0) op.begun_ns = Now();  // the peers have all of their time from here on
   __syncthreads();
 }
 
 __device__ inline void AwaitBank(Op& op, const Params& p) {
-  if (op.wait_for_bank && !op.bad) AwaitBankSlow(op, p);
+  if ((op.wait_for_bank | op.overlaps) && !op.bad) AwaitBankSlow(op, p);
 }
 
 // Names the operation to its receiving half. All threads.

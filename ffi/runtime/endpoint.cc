@@ -426,7 +426,7 @@ bool Operation::Arrived(int from) {
   if (whole && stamp > stamp_ && (stamp >> kEpochShift) == (stamp_ >> kEpochShift)) {
     throw EpError(Describe() + ": " + who + " went on without this rank, which was too late");
   }
-  if (notice) GiveUp(from, *notice);
+  if (notice && live(from)) GiveUp(from, *notice);
   return false;
 }
 

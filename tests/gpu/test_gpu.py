@@ -349,6 +349,49 @@ def test_masks_a_peer(gpu_pools, absent_does, transport):
     assert answers[2].failure  # the late rank was told
 
 
+def rank_halves_beside_a_dead_one(job, config):
+    """Two operations in flight at once; rank 2 dies when it has started the first two."""
+    import jax
+
+    import jax_nixlep as nx
+
+    group = job.initialize(config, timeout_s=20, on_timeout="mask")
+    inputs = make_input(config, job.rank, 6, 0, "distinct")
+
+    @jax.jit
+    def starts(after):
+        a = nx.dispatch_start(*inputs, config=config, after=after)
+        return a, nx.dispatch_start(*inputs, config=config, after=a.order)
+
+    @jax.jit
+    def finishes(a, b):
+        got_a = nx.dispatch_finish(a)
+        got_b = nx.dispatch_finish(b, after=got_a.status.order)
+        return got_a.status.peers, got_b.status.peers, got_b.status.order
+
+    pending = starts(jnp.zeros((), jnp.float32))
+    if job.rank == 2:
+        jax.block_until_ready(pending)
+        os._exit(0)
+    *peers, order = finishes(*pending)
+    jax.block_until_ready(order)
+    start = time.monotonic()
+    for _ in range(3):
+        *more, order = finishes(*starts(order))
+        peers += more
+    return [list(np.asarray(p)) for p in peers], group.health(), time.monotonic() - start
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_halves_mask_a_dead_peer_alone(gpu_pools, transport):
+    with pytest.raises(RankError) as caught:
+        gpu_pools(3, transport).run(rank_halves_beside_a_dead_one, make_config(max_ranks=3, top_k=4))
+    assert list(caught.value.errors) == [2], caught.value.errors
+    for peers, health, took in caught.value.results.values():
+        assert all(states[:2] == [0, 0] for states in peers) and peers[-1][2] == 1, peers
+        assert health.masked == (2,) and not health.failure and took < 15
+
+
 def rank_disagree(job, config):
     """Rank 1 runs another operation. Both must find out, and no result may look good."""
     import jax
