@@ -374,7 +374,7 @@ def initialize(
       timeout_s: how long an operation waits for a peer.
       init_timeout_s: how long to wait here for all members.
       on_timeout: "raise": a peer that is late, dead or failed ends the operation with an error on every rank. "mask":
-        its tokens and experts are left out, and `Status.peers` and `health()` say so.
+        its tokens and experts are left out, and `Status.peers` and `health()` say so. Not for elastic groups.
       kernels: "native": this package's. "nixl_ep": NVIDIA's NIXL-EP kernels from the installed nixl wheel, on GPUs, for
         inference, within their limits: docs/nixl_ep.md. Programs traced for the other kernels are traced again.
       elastic: members may come, go and be lost: call `group.step()` between steps. Programs run by themselves, to
