@@ -252,6 +252,25 @@ inline constexpr uint64_t kGraceNs = 1'000'000;  // far above the skew of the ti
 inline constexpr int kGlancesPerLook = 32;
 inline constexpr unsigned kPauseNs = 100;
 
+// What a signal says. `whole`: all of it comes from the same message of the endpoint with this nonce.
+struct Seen {
+  uint64_t stamp, tag, tokens;
+  bool whole;
+};
+__device__ inline Seen Look(const Signal& signal, uint64_t nonce) {
+  Seen seen;
+  seen.tag = LoadRelaxed(&signal.tag), seen.tokens = LoadRelaxed(&signal.num_tokens);
+  const uint64_t check = LoadRelaxed(&signal.check);
+  seen.stamp = LoadAcquire(&signal.stamp);
+  seen.whole = check == Signal::Check(nonce, seen.stamp, seen.tag, seen.tokens);
+  return seen;
+}
+
+// True if some block has settled that `peer` is late for this operation.
+__device__ inline bool DecidedLate(const Op& op, const Params& p, int peer) {
+  return LoadRelaxed(&p.control->state.peers[peer].decision) == (op.stamp | kTimedOutBit);
+}
+
 // Waits for one peer's message. One thread.
 __device__ __noinline__ inline void AwaitPeer(Op& op, const Params& p, int r) {
   DeviceState& state = p.control->state;
@@ -269,16 +288,12 @@ __device__ __noinline__ inline void AwaitPeer(Op& op, const Params& p, int r) {
     }
     const uint64_t before = Now();  // this block may lose its turn between a look and the next line
     const bool counted = !by_put || LoadAcquire(counter) >= wanted;
-    const uint64_t tag = LoadRelaxed(&signal->tag), tokens = LoadRelaxed(&signal->num_tokens);
-    const uint64_t check = LoadRelaxed(&signal->check);
     const bool gave_up = r != op.rank && GaveUp(op, p, r);
-    const uint64_t stamp = LoadAcquire(&signal->stamp);
+    const auto [stamp, tag, tokens, whole] = Look(*signal, op.nonce[r]);
     const uint64_t now = Now();
     if (!first) first = now;
-    const bool whole = check == Signal::Check(op.nonce[r], stamp, tag, tokens);
     const bool arrived = counted && whole && stamp == op.stamp;
-    // By another block, which also reports it.
-    const bool decided_late = LoadRelaxed(&state.peers[r].decision) == (op.stamp | kTimedOutBit);
+    const bool decided_late = DecidedLate(op, p, r);  // by another block, which also reports it
     bool done = arrived;
     if (gave_up) {
       Fail(op, p, Failure::kPeerAhead, r);
@@ -329,12 +344,10 @@ __device__ inline void AwaitAll(Op& op, const Params& p) {
   if (r < p.g.max_ranks && op.live[r] && !op.bad) {
     // The common case first, and short: code has to be fetched, too.
     const Signal& signal = p.control->signals[op.bank][r].signal;
-    const uint64_t tag = LoadRelaxed(&signal.tag), tokens = LoadRelaxed(&signal.num_tokens);
-    const uint64_t check = LoadRelaxed(&signal.check), given_up = LoadRelaxed(&p.control->notices[r].given_up);
-    const uint64_t stamp = LoadAcquire(&signal.stamp);
-    if ((stamp == op.stamp) & (check == Signal::Check(op.nonce[r], stamp, tag, tokens)) & (tag == p.tag) &
-        (((given_up - op.nonce[r]) ^ op.stamp) >> kEpochShift != 0) & (tokens <= uint64_t(p.g.max_tokens)) &
-        (op.pointer[r] != nullptr) & (Now() < op.deadline_ns)) {
+    const uint64_t given_up = LoadRelaxed(&p.control->notices[r].given_up);
+    const auto [stamp, tag, tokens, whole] = Look(signal, op.nonce[r]);
+    if ((stamp == op.stamp) & whole & (tag == p.tag) & (((given_up - op.nonce[r]) ^ op.stamp) >> kEpochShift != 0) &
+        (tokens <= uint64_t(p.g.max_tokens)) & (op.pointer[r] != nullptr) & (Now() < op.deadline_ns)) {
       op.tokens[r] = int(tokens);
     } else {
       AwaitPeer(op, p, r);
@@ -424,13 +437,9 @@ __device__ __noinline__ inline void AwaitBankSlow(Op& op, const Params& p) {
         // group left can be any number.
         return LoadAcquire(&p.control->notices[rank].finished) - (op.nonce[rank] + op.stamp - kBanks) > kBanks;
       }
-      const Signal& signal = p.control->signals[1 - op.bank][rank].signal;
-      const uint64_t tag = LoadRelaxed(&signal.tag), tokens = LoadRelaxed(&signal.num_tokens);
-      const uint64_t check = LoadRelaxed(&signal.check), stamp = LoadAcquire(&signal.stamp);
-      return stamp != op.stamp - 1 || check != Signal::Check(op.nonce[rank], stamp, tag, tokens);
+      const Seen seen = Look(p.control->signals[1 - op.bank][rank].signal, op.nonce[rank]);
+      return !seen.whole || seen.stamp != op.stamp - 1;
     };
-    // By another block: only the first asks the host who is dead.
-    auto masked = [&] { return LoadRelaxed(&state.peers[r].decision) == (op.stamp | kTimedOutBit); };
     bool over = false, stopped = false, dead = false;  // before the word was read, which may be the peer's last
     for (unsigned polls = 1; unfinished(r); ++polls) {
       if (over && unfinished(op.rank)) {
@@ -445,13 +454,13 @@ __device__ __noinline__ inline void AwaitBankSlow(Op& op, const Params& p) {
         op.bad = 1;
         break;
       }
-      if (masked()) break;
+      if (DecidedLate(op, p, r)) break;  // by any block: only the first asks the host who is dead
       if (blockIdx.x + blockIdx.y == 0 && polls % kGlancesPerLook == 0 && StoppedByHost(op, p, r, dead)) break;
       stopped = HasStopped(op, p, r);
       over = dead || stopped || Now() > deadline;
       __nanosleep(kPauseNs);
     }
-    if (masked()) op.live[r] = 0;
+    if (DecidedLate(op, p, r)) op.live[r] = 0;
   }
   if (threadIdx.x == 0) op.begun_ns = Now();  // the peers have all of their time from here on
   __syncthreads();

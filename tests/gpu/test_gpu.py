@@ -464,19 +464,25 @@ def test_a_peer_that_leaves_ends_the_wait(gpu_pools):
     assert took < 15 and "rank 1 has left" in failure
 
 
-def rank_forges(job, config):
-    """The handle of rank 0 names rows that are not there."""
+def combine_as_one_forges(config, rank, forger):
+    """Whether all sums are NaN, where the handle of `forger` names rows that are not there."""
     import jax
 
     import jax_nixlep as nx
 
-    job.initialize(config, timeout_s=20)
-    received = nx.dispatch(*make_input(config, job.rank, 6, 0, "distinct"), config=config)
+    received = nx.dispatch(*make_input(config, rank, 6, 0, "distinct"), config=config)
     handle = received.handle
-    if job.rank == 0:
+    if rank == forger:
         handle = handle._replace(row_of=handle.row_of + 1_000_000)
     y = jax.jit(functools.partial(nx.combine, config=config))(received.tokens, handle)
-    return bool(np.isnan(np.asarray(y)).all()), nx.current_group().health().failure
+    return bool(np.isnan(np.asarray(y)).all())
+
+
+def rank_forges(job, config):
+    import jax_nixlep as nx
+
+    job.initialize(config, timeout_s=20)
+    return combine_as_one_forges(config, job.rank, 0), nx.current_group().health().failure
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -488,23 +494,15 @@ def test_sums_along_a_forged_handle_look_good_to_nobody(gpu_pools, transport):
 
 def rank_fails(job, config):
     """The combine of rank 2 fails, and says so. Whom the others miss in the dispatch after it."""
-    import jax
-
     import jax_nixlep as nx
 
     group = job.initialize(config, timeout_s=30, on_timeout="mask")
-    x, ids, weights = make_input(config, job.rank, 6, 0, "distinct")
-    received = nx.dispatch(x, ids, weights, config=config)
-    handle = received.handle
-    if job.rank == 2:
-        handle = handle._replace(row_of=handle.row_of + 1_000_000)
     start = time.monotonic()
-    y = jax.jit(functools.partial(nx.combine, config=config))(received.tokens, handle)
-    failed = bool(np.isnan(np.asarray(y)).all())
+    poisoned = combine_as_one_forges(config, job.rank, 2)
     if job.rank == 2:
-        return failed
-    peers = np.asarray(nx.dispatch(x, ids, weights, config=config).status.peers)
-    return failed, list(peers), group.health().masked, time.monotonic() - start
+        return poisoned
+    peers = np.asarray(nx.dispatch(*make_input(config, job.rank, 6, 0, "distinct"), config=config).status.peers)
+    return poisoned, list(peers), group.health().masked, time.monotonic() - start
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
