@@ -139,6 +139,15 @@ __device__ __noinline__ inline void Fail(Op& op, const Params& p, Failure why, i
 
 inline constexpr uint64_t kMercyNs = 150'000'000;  // _GRACE_S of elastic/boundary.py
 
+// True if a peer that said `given_up` went on without this rank: what it sent, or offers to be read, may be gone.
+// Without it in the operation after `stamp`, too: in the one after that, the peer writes to the bank of `stamp`.
+__device__ inline bool GaveUp(uint64_t given_up, uint64_t stamp) {
+  return (given_up >> kEpochShift == stamp >> kEpochShift) & (given_up <= stamp + 1);
+}
+__device__ inline bool GaveUp(const Op& op, const Params& p, int peer) {
+  return GaveUp(LoadRelaxed(&p.control->notices[peer].given_up) - op.nonce[peer], op.stamp);
+}
+
 inline constexpr int kStateWarps = 2;  // load the state in Begin
 
 // Loads the operation; `meanwhile()` is done while that is on its way. All threads of the block, kStateWarps at least.
@@ -154,7 +163,11 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending, Meanwhile me
     op.pointer[r] = peer.pointer;
     op.control[r] = peer.control;
     op.nonce[r] = peer.nonce;
-    op.live[r] = (peer.member != 0) & (peer.masked == 0);
+    // Nothing is sent to a peer that went on without this rank: this process may have been stopped meanwhile, its
+    // number be another's. The receiving half fails.
+    const uint64_t given_up = p.control->notices[r].given_up - peer.nonce;
+    const bool gave_up = sending & (r != state.rank) & GaveUp(given_up, state.started + 1);
+    op.live[r] = (peer.member != 0) & (peer.masked == 0) & !gave_up;
     op.tokens[r] = 0;
   }
   if (threadIdx.x == kWarp) {  // another warp than the first peers': one would wait for both, one after the other
@@ -214,13 +227,6 @@ __device__ __noinline__ inline bool DecideTimeout(Op& op, const Params& p, int p
     __threadfence_system();
   }
   return timed_out;
-}
-
-// True if the peer went on without this rank: what it sent, or offers to be read, may be gone. Without it in the next
-// operation, too: in the one after, the peer writes to this one's bank.
-__device__ inline bool GaveUp(const Op& op, const Params& p, int peer) {
-  const uint64_t stamp = LoadRelaxed(&p.control->notices[peer].given_up) - op.nonce[peer];
-  return stamp >> kEpochShift == op.stamp >> kEpochShift && stamp <= op.stamp + 1;
 }
 
 // True if the peer said, in this epoch of this group, that it stopped.

@@ -260,15 +260,16 @@ __device__ __noinline__ void Poison(const Op& op, const Params& p, const Receive
   if (blockIdx.x == 0) ReportPeers(op, p, a.peers);
 }
 
-// What a warp receives at a time. Ranks take turns: by blocks of them, all would read from the same peer at once.
+// What a warp receives at a time. Ranks take turns: by blocks of them, all would read from the same peer at once. Then
+// tokens: some have many rows, and one block would have all parts of such a one.
 struct TokenUnit {
   int rank, token, segment;
 
   __device__ TokenUnit(const Params& p, int unit) {
-    const int i = p.segments.Quotient(unit);
-    segment = unit - i * int(p.segments.value);
-    token = p.ranks.Quotient(i);
-    rank = i - token * int(p.ranks.value);
+    const int i = p.ranks.Quotient(unit);
+    rank = unit - i * int(p.ranks.value);
+    segment = p.tokens.Quotient(i);
+    token = i - segment * int(p.tokens.value);
   }
 };
 
