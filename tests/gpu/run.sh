@@ -1,15 +1,16 @@
 #!/bin/bash
 # The GPU suite. One command, from the repository root, on a machine with a GPU; what each step is: results/README.md.
-#   WHEELS=DIR OUT=DIR bash tests/gpu/run.sh [tests] [layer] [generate] [elastic] [decode] [chain] [sanitizer] [phases] [mps]
-# WHEELS holds nixl.tar.xz and ucx.tar.xz (tests/gpu/setup.sh); OUT gets the raw output. The modules must be built
-# (pip install -e . with nvcc and UCX's headers present), or are found in jax_nixlep/.
+#   OUT=DIR bash tests/gpu/run.sh [tests] [layer] [generate] [elastic] [decode] [chain] [sanitizer] [phases] [mps]
+# OUT gets the raw output. Fails if a step does. The package must be installed with its CUDA module (README.md);
+# the headers of libucx-cu13 are for `sanitizer`, torch and a nixl_ep built for it for upstream's side of
+# `phases`. WHEELS: for a machine without a network (tests/gpu/setup.sh).
 # JAX_NIXLEP_TEST_GPUS: rank r uses GPU r % that number, of those that CUDA_VISIBLE_DEVICES names: calls with a GPU each
-# may run at the same time. UPSTREAM: a program that prints upstream's phase times for the same
-# arguments as phases.py (none: ours alone). CASES: lines of those arguments. DROPLESS=1: also the worst case of rows.
+# may run at the same time. CASES: lines of arguments of phases.py. DROPLESS=1: also the worst case of rows.
 # PYTEST_ARGS: for the tests. DECODE_ARGS: for examples/bench_decode.py.
+set -o pipefail
 . tests/gpu/setup.sh
 export JAX_NIXLEP_TEST_GPUS=${JAX_NIXLEP_TEST_GPUS:-1}
-OUT=${OUT:-out}
+OUT=${OUT:-out} failed=0
 mkdir -p "$OUT"
 steps=${*:-tests layer generate elastic decode chain sanitizer phases mps}
 {
@@ -21,7 +22,8 @@ steps=${*:-tests layer generate elastic decode chain sanitizer phases mps}
 } 2>&1 | tee "$OUT/machine.txt"
 
 run_tests() {  # SECONDS NAME ARGUMENTS...
-  timeout "$1" python3 -m pytest -q -p no:cacheprovider --timeout 90 --durations=5 $PYTEST_ARGS "${@:3}" 2>&1 | tee "$OUT/$2.txt"
+  timeout "$1" python3 -m pytest -q -p no:cacheprovider --timeout 90 --durations=5 $PYTEST_ARGS "${@:3}" 2>&1 |
+    tee "$OUT/$2.txt" || failed=1
 }
 layer=tests/gpu/test_layer_gpu.py generate=tests/gpu/test_examples_gpu.py elastic=tests/gpu/test_elastic_gpu.py
 if [[ $steps == *tests* ]]; then run_tests 800 tests tests/gpu --ignore $layer --ignore $generate --ignore $elastic; fi
@@ -30,42 +32,52 @@ if [[ $steps == *generate* ]]; then run_tests 300 generate $generate; fi
 if [[ $steps == *elastic* ]]; then
   run_tests 300 elastic $elastic
   JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false CUDA_MODULE_LOADING=EAGER timeout 200 \
-    python3 -m jax_nixlep.bench_elastic --transports shared --json "$OUT/elastic.json" 2>&1 | tail -9 | tee "$OUT/elastic_figures.txt"
+    python3 -m jax_nixlep.bench_elastic --transports shared --json "$OUT/elastic.json" 2>&1 |
+    tail -9 | tee "$OUT/elastic_figures.txt" || failed=1
 fi
 
 if [[ $steps == *decode* ]]; then  # cuBLAS: a program of its own kind for each matmul takes minutes to tune
   XLA_FLAGS=--xla_gpu_enable_triton_gemm=false timeout 300 python3 examples/bench_decode.py --gpu \
-    --json "$OUT/decode.json" $DECODE_ARGS 2>&1 | tee "$OUT/decode.txt"
+    --json "$OUT/decode.json" $DECODE_ARGS 2>&1 | tee "$OUT/decode.txt" || failed=1
 fi
 
 if [[ $steps == *sanitizer* ]]; then
-  nvcc -std=c++20 -arch=sm_90 -O3 -lineinfo -fmad=false --expt-relaxed-constexpr -Iffi -isystem $UCX/include \
-    tests/gpu/kernel_phases.cu ffi/cuda/*.cu -o /tmp/kernel_phases
+  nvcc -std=c++20 -arch=native -O3 -lineinfo -fmad=false --expt-relaxed-constexpr -Iffi -isystem "$UCX_INCLUDE" \
+    tests/gpu/kernel_phases.cu ffi/cuda/*.cu -o /tmp/kernel_phases || failed=1
+  rm -f "$OUT/sanitizer.txt"
   for tool in memcheck racecheck synccheck; do
     for case in "4 5 1024 3 8 1 0 0" "2 130 1024 40 8 1 0 1.5" "4 9 1024 8 4 1 1 0" "4 33 1024 650 8 1 0 1.5"; do
-      echo "$tool: $case"
-      timeout 100 compute-sanitizer --tool $tool --error-exitcode 9 /tmp/kernel_phases $case 2>&1 | tail -4
+      { echo "$tool: $case"; timeout 100 compute-sanitizer --tool $tool --error-exitcode 9 /tmp/kernel_phases $case; } 2>&1 |
+        tail -5 | tee -a "$OUT/sanitizer.txt" || failed=1
     done
-  done | tee "$OUT/sanitizer.txt"
+  done
 fi
 
 if [[ $steps == *chain* ]]; then
-  for buffers in graphs plain; do timeout 60 python3 tests/gpu/chain.py $buffers 2>&1 | grep ^chain; done | tee "$OUT/chain.txt"
+  rm -f "$OUT/chain.txt"
+  for buffers in graphs plain; do
+    timeout 60 python3 tests/gpu/chain.py $buffers 2>&1 | grep ^chain | tee -a "$OUT/chain.txt" || failed=1
+  done
 fi
 
 if [[ $steps == *phases* ]]; then
+  rm -f "$OUT/phases.txt"
+  phases() {  # SECONDS ARGUMENTS...
+    timeout "$1" python3 tests/gpu/phases.py "${@:2}" 2>&1 | grep -E "^[{0-9]|Error" | tee -a "$OUT/phases.txt" || failed=1
+  }
+  with_upstream() { PYTHONPATH=$JAX_NIXLEP_TEST_UPSTREAM:$PYTHONPATH "$@"; }
   while read -r case; do
     set -- $case
     factor=1.125  # rows that hold any routing drawn here; one token: the worst case, as no fewer rows are certain
     [[ $2 == 1 ]] && factor=0
-    timeout 100 python3 tests/gpu/phases.py $case $factor 2>&1 | grep -E "^ours|^[0-9]"
-    [[ -n $UPSTREAM ]] && PYTHONPATH=$SITE/s14 timeout 100 python3 "$UPSTREAM" $1 $2 $3 $4 $5 $6 $7 2>&1 | grep -E "^ranks|^[0-9]"
+    phases 100 ours $case $factor
+    if with_upstream python3 -c "import torch, nixl_ep_cu13" 2>/dev/null; then with_upstream phases 100 nixl_ep $case; fi
   done <<< "${CASES:-4 1 7168 32 8 20 0
 4 128 7168 32 8 20 0
 4 128 7168 32 8 20 1
 2 128 7168 8 8 20 0
-4 1024 7168 8 8 10 0}" | tee "$OUT/phases.txt"
-  [[ -n $DROPLESS ]] && timeout 100 python3 tests/gpu/phases.py 4 128 7168 32 8 20 0 0 2>&1 | grep -E "^ours|^[0-9]" | tee -a "$OUT/phases.txt"
+4 1024 7168 8 8 10 0}"
+  if [[ -n $DROPLESS ]]; then phases 100 ours 4 128 7168 32 8 20 0 0; fi
 fi
 
 if [[ $steps == *mps* ]]; then  # ranks use the GPU at the same time
@@ -73,8 +85,11 @@ if [[ $steps == *mps* ]]; then  # ranks use the GPU at the same time
   export CUDA_MPS_LOG_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY
   env -u CUDA_VISIBLE_DEVICES nvidia-cuda-mps-control -d || exit 1  # it would number the devices anew
   trap 'echo quit | nvidia-cuda-mps-control' EXIT
+  rm -f "$OUT/mps_bench.txt"
   for ranks in 2 4; do
-    timeout 100 python3 -m jax_nixlep.bench --ranks $ranks --gpus 1 --kernels native --json "$OUT/mps_bench$ranks.json" 2>&1
-  done | tee "$OUT/mps_bench.txt"
+    timeout 100 python3 -m jax_nixlep.bench --ranks $ranks --gpus 1 --kernels native --json "$OUT/mps_bench$ranks.json" 2>&1 |
+      tee -a "$OUT/mps_bench.txt" || failed=1
+  done
   run_tests 600 mps tests/gpu/test_gpu.py $elastic
 fi
+exit $failed

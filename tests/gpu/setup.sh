@@ -1,10 +1,15 @@
-# Sourced on a machine with GPUs and no network, from the repository root: finds or unpacks what the suite needs.
-# WHEELS: a folder with nixl.tar.xz (nixl_cu13 1.5.1 in s15, 1.4.1 with nixl_ep in s14) and ucx.tar.xz (headers).
-export SITE=/tmp/site UCX=/tmp/ucx
-if [ ! -d $SITE/s15 ]; then
-  mkdir -p $SITE $UCX
-  tar xf "$WHEELS/nixl.tar.xz" -C $SITE
-  tar xf "$WHEELS/ucx.tar.xz" -C $UCX
+# Sourced from the repository root. Without a network: finds or unpacks what the suite needs from WHEELS, a folder with
+# nixl.tar.xz (nixl_cu13 1.5.1 in s15, 1.4.1 with nixl_ep in s14) and ucx.tar.xz (headers); our modules are then in
+# jax_nixlep/. Else all is installed.
+export PYTHONUNBUFFERED=1
+if [ -n "$WHEELS" ]; then
+  SITE=/tmp/site UCX_INCLUDE=/tmp/ucx/include
+  if [ ! -d $SITE/s15 ]; then
+    mkdir -p $SITE /tmp/ucx
+    tar xf "$WHEELS/nixl.tar.xz" -C $SITE
+    tar xf "$WHEELS/ucx.tar.xz" -C /tmp/ucx
+  fi
+  export PYTHONPATH=$PWD:$SITE/s15
+  export JAX_NIXLEP_TEST_UPSTREAM=$SITE/s14  # the nixl_ep whose build is for the torch that is here
 fi
-export PYTHONPATH=$PWD:$SITE/s15 PYTHONUNBUFFERED=1
-export JAX_NIXLEP_TEST_UPSTREAM=$SITE/s14  # the nixl_ep whose build is for the torch that is here
+UCX_INCLUDE=${UCX_INCLUDE:-$(python3 -c "import importlib.util as u; print(u.find_spec('libucx').submodule_search_locations[0])" 2>/dev/null)/include}
