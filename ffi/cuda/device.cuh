@@ -41,13 +41,14 @@ struct Params {
 
 struct Op {
   std::byte* region;
-  uint64_t stamp, begun_ns, deadline_ns;
+  uint64_t stamp, tag, begun_ns, deadline_ns;
   int bank, rank;
   int bad;  // nothing may be believed: outputs are poisoned
   int num_put_peers;
   int wait_for_bank;
   int overlaps;            // sending: the operation before is not finished; receiving: the next one is started
   int newest;              // receiving: no later operation is finished, as where halves are nested
+  int stale;               // receiving: of an earlier epoch, or finished already
   uint64_t safe_until_ns;  // no peer has given this rank up before that
   int flag;
   std::byte* pointer[kMaxRanks];
@@ -129,7 +130,7 @@ __device__ __noinline__ inline void Fail(Op& op, const Params& p, Failure why, i
   op.bad = 1;
   if (atomicCAS(&state.failed, 0u, uint32_t(why)) != 0) return;
   state.report->stamp = op.stamp;
-  state.report->tag = p.tag;
+  state.report->tag = op.tag;
   state.report->other_tag = other_tag;
   state.report->peer = peer;
   __threadfence_system();
@@ -140,9 +141,10 @@ __device__ __noinline__ inline void Fail(Op& op, const Params& p, Failure why, i
 inline constexpr uint64_t kMercyNs = 150'000'000;  // _GRACE_S of elastic/boundary.py
 
 // True if a peer that said `given_up` went on without this rank: what it sent, or offers to be read, may be gone.
-// Without it in the operation after `stamp`, too: in the one after that, the peer writes to the bank of `stamp`.
+// Without it in a later operation, too: the peer writes to the bank of `stamp` in the second one after it, when it has
+// waited for this rank there. It does not begin a third one before this rank has finished the first.
 __device__ inline bool GaveUp(uint64_t given_up, uint64_t stamp) {
-  return (given_up >> kEpochShift == stamp >> kEpochShift) & (given_up <= stamp + 1);
+  return (given_up >> kEpochShift == stamp >> kEpochShift) & (given_up <= stamp + kBanks);
 }
 __device__ inline bool GaveUp(const Op& op, const Params& p, int peer) {
   return GaveUp(LoadRelaxed(&p.control->notices[peer].given_up) - op.nonce[peer], op.stamp);
@@ -164,7 +166,7 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending, Meanwhile me
     op.control[r] = peer.control;
     op.nonce[r] = peer.nonce;
     // Nothing is sent to a peer that went on without this rank: this process may have been stopped meanwhile, its
-    // number be another's. The receiving half fails.
+    // number be another's. The receiving half fails. A plain load, as the rest: all are to be under way together.
     const uint64_t given_up = p.control->notices[r].given_up - peer.nonce;
     const bool gave_up = sending & (r != state.rank) & GaveUp(given_up, state.started + 1);
     op.live[r] = (peer.member != 0) & (peer.masked == 0) & !gave_up;
@@ -195,7 +197,10 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending, Meanwhile me
     // peer may begin the second before this rank began the first.
     op.overlaps = sending ? finished != started : started != op.stamp;
     op.newest = finished < op.stamp;
-    const bool second = other_overlapped == op.stamp - 1;
+    op.stale = !sending & (started - op.stamp > 1);
+    const bool second = (other_overlapped == op.stamp - 1) & (other_overlapped != 0);
+    // Ranks that finish in another order would wait for, or overwrite, what the others have not finished.
+    op.tag = p.tag | (sending ? op.overlaps : second) * kSecondInFlight;
     op.safe_until_ns = op.overlaps | second ? 0 : other_begun + min(timeout_ns, kMercyNs) / 2;
     op.wait_for_bank = (overlapped != 0) & (overlapped == op.stamp - kBanks);
     op.flag = 0;
@@ -219,12 +224,12 @@ __device__ __noinline__ inline bool DecideTimeout(Op& op, const Params& p, int p
     seen = found;
   }
   if (timed_out) {
-    state.peers[peer].masked = op.stamp;
     state.counters[peer].timeouts += 1;
     StoreRelaxed(&state.report->gave_up, 1u);
-    // Before anything that the peer may be reading is overwritten.
+    // Before what the peer may be reading is overwritten, by this block or by those that go on when they see `masked`.
     SetNotice(op, p, peer, &NoticeCell::given_up, op.stamp);
     __threadfence_system();
+    StoreRelease(&state.peers[peer].masked, op.stamp);
   }
   return timed_out;
 }
@@ -252,7 +257,8 @@ __device__ __noinline__ inline bool StoppedByHost(Op& op, const Params& p, int p
   return true;
 }
 
-inline constexpr uint64_t kGraceNs = 1'000'000;  // far above the skew of the timer between blocks
+inline constexpr uint64_t kGraceNs = 1'000'000;       // far above the skew of the timer between blocks
+inline constexpr uint64_t kLastWordsNs = 20'000'000;  // some time slices: kernels of a dead process may run on so long
 
 // Hundreds of blocks wait at once, next to the memory that peers read: most looks are at one word, after a pause.
 inline constexpr int kGlancesPerLook = 32;
@@ -286,7 +292,9 @@ __device__ __noinline__ inline void AwaitPeer(Op& op, const Params& p, int r) {
   const uint64_t wanted = ((op.stamp & ((uint64_t(1) << kEpochShift) - 1)) + 1) / kBanks;
   const Signal* signal = &cell.signal;
   bool stopped = false, dead = false;
-  uint64_t first = 0;
+  // Until then blocks take a message without asking the others. Who masks must not find that some had taken one.
+  uint64_t first = 0, last_ns = op.deadline_ns + kGraceNs;
+  if (op.stale) return Fail(op, p, Failure::kNotStarted, op.rank);
   for (unsigned polls = 0;; ++polls) {
     if (polls % kGlancesPerLook && LoadRelaxed(&signal->stamp) != op.stamp) {
       __nanosleep(kPauseNs);
@@ -294,8 +302,8 @@ __device__ __noinline__ inline void AwaitPeer(Op& op, const Params& p, int r) {
     }
     const uint64_t before = Now();  // this block may lose its turn between a look and the next line
     const bool counted = !by_put || LoadAcquire(counter) >= wanted;
-    const bool gave_up = r != op.rank && GaveUp(op, p, r);
     const auto [stamp, tag, tokens, whole] = Look(*signal, op.nonce[r]);
+    const bool gave_up = r != op.rank && GaveUp(op, p, r);  // after what it may have sent only in part
     const uint64_t now = Now();
     if (!first) first = now;
     const bool arrived = counted && whole && stamp == op.stamp;
@@ -308,7 +316,7 @@ __device__ __noinline__ inline void AwaitPeer(Op& op, const Params& p, int r) {
       if (decided_late || (now >= op.deadline_ns && DecideTimeout(op, p, r, false))) {
         op.live[r] = 0;
         if (!state.mask_late_peers) op.bad = 1;
-      } else if (tag != p.tag) {
+      } else if (tag != op.tag) {
         Fail(op, p, Failure::kOtherOp, r, tag);
       } else if (tokens > uint64_t(p.g.max_tokens)) {
         Fail(op, p, Failure::kBadCount, r);
@@ -325,7 +333,7 @@ __device__ __noinline__ inline void AwaitPeer(Op& op, const Params& p, int r) {
       op.live[r] = 0;
       if (!state.mask_late_peers) op.bad = 1;
       done = true;
-    } else if ((dead || stopped || before >= op.deadline_ns + kGraceNs) && DecideTimeout(op, p, r, true)) {
+    } else if (before >= last_ns && DecideTimeout(op, p, r, true)) {
       op.live[r] = 0;
       if (!state.mask_late_peers) Fail(op, p, dead ? Failure::kPeerDead : Failure::kTimedOut, r);
       done = true;
@@ -340,6 +348,7 @@ __device__ __noinline__ inline void AwaitPeer(Op& op, const Params& p, int r) {
       return;
     }
     stopped = HasStopped(op, p, r);
+    if (dead || stopped) last_ns = min(last_ns, now + (state.mask_late_peers ? kLastWordsNs : 0));
   }
 }
 
@@ -348,12 +357,13 @@ __device__ __noinline__ inline void AwaitPeer(Op& op, const Params& p, int r) {
 __device__ inline void AwaitAll(Op& op, const Params& p) {
   const int r = threadIdx.x;  // no loop: what it kept would come from local memory, which the acquiring load drops
   if (r < p.g.max_ranks && op.live[r] && !op.bad) {
-    // The common case first, and short: code has to be fetched, too.
+    // The common case first, and short: code has to be fetched, too. Any word of this epoch takes the long way.
     const Signal& signal = p.control->signals[op.bank][r].signal;
     const uint64_t given_up = LoadRelaxed(&p.control->notices[r].given_up);
     const auto [stamp, tag, tokens, whole] = Look(signal, op.nonce[r]);
-    if ((stamp == op.stamp) & whole & (tag == p.tag) & (((given_up - op.nonce[r]) ^ op.stamp) >> kEpochShift != 0) &
-        (tokens <= uint64_t(p.g.max_tokens)) & (op.pointer[r] != nullptr) & (Now() < op.deadline_ns)) {
+    if ((stamp == op.stamp) & whole & (tag == op.tag) & !op.stale &
+        (((given_up - op.nonce[r]) ^ op.stamp) >> kEpochShift != 0) & (tokens <= uint64_t(p.g.max_tokens)) &
+        (op.pointer[r] != nullptr) & (Now() < op.deadline_ns)) {
       op.tokens[r] = int(tokens);
     } else {
       AwaitPeer(op, p, r);
@@ -396,18 +406,18 @@ __device__ __noinline__ inline void Fill(void* data, uint64_t num_bytes, uint32_
 // Tells `to` that this rank's message is complete, after IsLast: one thread where there is a pointer, else a warp.
 __device__ inline void SignalByPointer(const Op& op, const Params& p, int to, int num_tokens) {
   Signal* signal = &op.control[to]->signals[op.bank][op.rank].signal;
-  StoreRelaxed(&signal->tag, p.tag);
+  StoreRelaxed(&signal->tag, op.tag);
   StoreRelaxed(&signal->num_tokens, uint64_t(num_tokens));
-  StoreRelaxed(&signal->check, Signal::Check(op.nonce[op.rank], op.stamp, p.tag, uint64_t(num_tokens)));
+  StoreRelaxed(&signal->check, Signal::Check(op.nonce[op.rank], op.stamp, op.tag, uint64_t(num_tokens)));
   // After the fences of all blocks, which have performed their writes. `check` ties the four words together.
   StoreRelaxed(&signal->stamp, op.stamp);
 }
 __device__ __noinline__ inline void SignalByPut(Op& op, const Params& p, int to, int num_tokens) {
   SignalCell* own = &p.control->signals[op.bank][op.rank];
   if (threadIdx.x % kWarp == 0) {  // several warps may write the same words
-    StoreRelaxed(&own->signal.tag, p.tag);
+    StoreRelaxed(&own->signal.tag, op.tag);
     StoreRelaxed(&own->signal.num_tokens, uint64_t(num_tokens));
-    StoreRelaxed(&own->signal.check, Signal::Check(op.nonce[op.rank], op.stamp, p.tag, uint64_t(num_tokens)));
+    StoreRelaxed(&own->signal.check, Signal::Check(op.nonce[op.rank], op.stamp, op.tag, uint64_t(num_tokens)));
     StoreRelaxed(&own->signal.stamp, op.stamp);
   }
   __threadfence_system();
@@ -416,6 +426,7 @@ __device__ __noinline__ inline void SignalByPut(Op& op, const Params& p, int to,
   __threadfence_system();
   __syncwarp();
   if (threadIdx.x % kWarp == 0) {
+    // Where late peers are masked, this one will find itself late.
     if (!put && !p.control->state.mask_late_peers) Fail(op, p, Failure::kUnreachable, to);
     const uint64_t* counter = &own->arrivals[(op.stamp >> kEpochShift) % kEpochSlots];
     const size_t offset = size_t(reinterpret_cast<const char*>(counter) - reinterpret_cast<const char*>(p.control));
@@ -466,7 +477,11 @@ __device__ __noinline__ inline void AwaitBankSlow(Op& op, const Params& p) {
       over = dead || stopped || Now() > deadline;
       __nanosleep(kPauseNs);
     }
-    if (DecidedLate(op, p, r)) op.live[r] = 0;
+    if (DecidedLate(op, p, r)) {
+      while (!LoadAcquire(&state.peers[r].masked))
+        __nanosleep(kPauseNs);  // until the peer is told, by a block that runs
+      op.live[r] = 0;
+    }
   }
   if (threadIdx.x == 0) op.begun_ns = Now();  // the peers have all of their time from here on
   __syncthreads();

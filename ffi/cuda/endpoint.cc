@@ -549,7 +549,7 @@ std::string CudaEndpoint::Failure() const {
       return what + who + " did not arrive within " + std::to_string(options_.timeout_s) +
              " s; check that rank's output, or raise timeout_s if it is only slow";
     case cuda::Failure::kOtherOp:
-      return what + who + " runs " + OpTag::Name(report.other_tag) +
+      return what + who + " runs " + OpTag::NameBeside(report.other_tag, report.tag) +
              " at the same place; every member must run the same operations in the same order: run the same program, "
              "and pass after= between operations that do not depend on each other";
     case cuda::Failure::kPeerAhead:
@@ -569,12 +569,17 @@ std::string CudaEndpoint::Failure() const {
     case cuda::Failure::kUnreachable:
       return what + who +
              " must be on a GPU that this one reaches, or behind a network card with GPUDirect Async; "
-             "got a way that kernels of this build cannot take; build with headers of a UCX that has it";
+             "got a way that kernels of this build cannot take, or an error on it; see UCX's output, or build with "
+             "headers of a UCX that has it";
     case cuda::Failure::kInterrupted:
       return what + "the members changed while it waited for " + who;
     case cuda::Failure::kNotFinished:
       return what + "an operation must be finished before the second one after it begins; got an unfinished one; " +
              "finish it earlier";
+    case cuda::Failure::kNotStarted:
+      return what +
+             "what is finished must be in flight: of this epoch, and finished once; got another; finish it where " +
+             "it was started";
     case cuda::Failure::kNone:
       break;
   }

@@ -70,6 +70,7 @@ enum class Failure : uint32_t {
   kInterrupted,  // by the host
   kPeerDead,
   kUnreachable,  // by kernels, though NIXL connects it
+  kNotStarted,   // an operation was finished that is not in flight
 };
 
 // What the host asks of kernels that wait.

@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kSendThreads, kBlocksPerSm)
 // The small outputs. One block.
 __device__ void ReportPeers(const Op& op, const Params& p, int32_t* peers) {
   for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
-    peers[r] = op.live[r] ? 0 : p.control->state.peers[r].masked == op.stamp ? 2 : 1;
+    peers[r] = op.live[r] ? 0 : DecidedLate(op, p, r) ? 2 : 1;
   }
 }
 __device__ void ReportPlan(const Op& op, const Params& p, const Plan& plan, const ReceiveTokensArgs& a) {

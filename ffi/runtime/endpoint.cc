@@ -52,8 +52,14 @@ void Pause() {
 
 std::string OpTag::Name(uint64_t packed) {
   static constexpr const char* kNames[] = {"unknown operation", "dispatch", "dispatch along a handle", "combine"};
-  size_t kind = packed >> 56;
+  const size_t kind = (packed & ~kSecondInFlight) >> 56;
   return std::string(kNames[kind < std::size(kNames) ? kind : 0]) + " #" + std::to_string(uint32_t(packed));
+}
+
+std::string OpTag::NameBeside(uint64_t theirs, uint64_t ours) {
+  const std::string name = Name(theirs);
+  if ((theirs ^ ours) == kSecondInFlight) return name + " with other operations unfinished";
+  return name == Name(ours) ? name + " of another shape, dtype or wire" : name;
 }
 
 Endpoint::Endpoint(const EndpointOptions& options) : options_(options), layout_{options.capacity} {
@@ -412,9 +418,7 @@ bool Operation::Arrived(int from) {
   const bool whole = check == Signal::Check(endpoint_.peers_[from]->nonce, stamp, tag, tokens);
   if (whole && stamp == stamp_) {
     if (tag != tag_) {
-      std::string theirs_name = OpTag::Name(tag);
-      if (theirs_name == OpTag::Name(tag_)) theirs_name += " of another shape, dtype or wire";
-      throw EpError(Describe() + ": " + who + " runs " + theirs_name +
+      throw EpError(Describe() + ": " + who + " runs " + OpTag::NameBeside(tag, tag_) +
                     " at the same place; every member must run the same operations in the same order: run the same "
                     "program, and pass after= between operations that do not depend on each other");
     }

@@ -35,6 +35,8 @@ struct OpTag {
 
   uint64_t Pack() const { return uint64_t(kind) << 56 | uint64_t(digest & 0xFFFFFF) << 32 | ordinal; }
   static std::string Name(uint64_t packed);
+  // Of `theirs`, said to a rank that runs `ours` at the same place.
+  static std::string NameBeside(uint64_t theirs, uint64_t ours);
 };
 
 struct EndpointOptions {

@@ -7,9 +7,11 @@
 namespace jax_nixlep {
 
 // Raised whenever the meaning of a byte in the region changes: members with different versions refuse each other.
-inline constexpr uint32_t kWireVersion = 5;
+inline constexpr uint32_t kWireVersion = 6;
 inline constexpr int kBanks = 2;        // a rank may be one operation ahead of its slowest peer, never two
 inline constexpr int kEpochShift = 48;  // a stamp is epoch << kEpochShift | number of the operation in it
+// In a tag, on GPUs: the operation before was not finished when this one was started.
+inline constexpr uint64_t kSecondInFlight = uint64_t(1) << 63;
 inline constexpr int kQuantBlock = 128;
 inline constexpr int kChunk = 32;  // tokens that have a bit each in one word
 inline constexpr size_t kAlign = 64;

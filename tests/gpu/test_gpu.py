@@ -424,6 +424,84 @@ def test_halves_mask_a_dead_peer_alone(gpu_pools, transport):
         assert health.masked == (2,) and not health.failure and took < bound_s
 
 
+def rank_finishes_late(job, config):
+    """Two operations in flight at once; rank 2 sleeps before it finishes the first two, until the others went on."""
+    import jax
+
+    import jax_nixlep as nx
+
+    group = job.initialize(config, timeout_s=1.5, on_timeout="mask")
+    inputs = make_input(config, job.rank, 6, 0, "distinct")
+
+    @jax.jit
+    def starts(after):
+        a = nx.dispatch_start(*inputs, config=config, after=after)
+        return a, nx.dispatch_start(*inputs, config=config, after=a.order)
+
+    finish = jax.jit(nx.dispatch_finish)
+    a, b = jax.block_until_ready(starts(jnp.zeros((), jnp.float32)))
+    if job.rank == 2:
+        time.sleep(6)
+        return bool(np.isnan(np.asarray(finish(a).tokens)).all()), group.health()
+    for _ in range(2):
+        finished = finish(b, after=finish(a).status.order)
+        a, b = starts(finished.status.order)
+    np.asarray(finish(b, after=finish(a).status.order).tokens)
+    time.sleep(8)  # its memory is there to be read
+    return True, group.health()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_halves_finished_too_late_look_good_to_nobody(gpu_pools, transport):
+    *others, (poisoned, health) = gpu_pools(3, transport).run(rank_finishes_late, make_config(max_ranks=3, top_k=4))
+    for _, awake in others:
+        assert awake.masked == (2,) and not awake.failure
+    assert poisoned and "went on" in health.failure
+
+
+def rank_finishes_in_its_own_order(job, config):
+    """Rank 0 finishes its first operation before it starts the second, rank 1 after that."""
+    import jax
+
+    import jax_nixlep as nx
+
+    group = job.initialize(config, timeout_s=10)
+    starts = [functools.partial(nx.dispatch_start, *make_input(config, job.rank, 6, 0, "distinct"), config=config)] * 2
+    order = ("apart", "side by side")[job.rank]
+    both = jax.jit(
+        lambda: [g.tokens for g in two_in_halves(order, starts, nx.dispatch_finish, lambda g: g.status.order)]
+    )
+    return [np.isnan(np.asarray(tokens)).all() for tokens in both()], group.health().failure
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_ranks_that_finish_in_other_orders_are_told(gpu_pools, transport):
+    for (_, poisoned), failure in gpu_pools(2, transport).run(rank_finishes_in_its_own_order, make_config()):
+        assert poisoned and "with other operations unfinished" in failure
+
+
+def rank_finishes_again(job, config):
+    """What is finished again two operations later; what is finished in another epoch is the same to the kernels."""
+    import jax
+
+    import jax_nixlep as nx
+
+    group = job.initialize(config)
+    inputs = make_input(config, job.rank, 6, 0, "distinct")
+    start = jax.jit(functools.partial(nx.dispatch_start, config=config))
+    finish = jax.jit(nx.dispatch_finish)
+    pending = start(*inputs)
+    good = np.asarray(finish(pending).tokens)
+    for _ in range(2):
+        same_bits(finish(start(*inputs)).tokens, good)
+    return bool(np.isnan(np.asarray(finish(pending).tokens)).all()), group.health().failure
+
+
+def test_what_is_not_in_flight_cannot_be_finished(gpu_pools):
+    for poisoned, failure in gpu_pools(2).run(rank_finishes_again, make_config()):
+        assert poisoned and "must be in flight" in failure
+
+
 def rank_disagree(job, config):
     """Rank 1 runs another operation. Both must find out, and no result may look good."""
     import jax
