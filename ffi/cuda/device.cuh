@@ -178,6 +178,7 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending, Meanwhile me
     const uint64_t started = state.started, current = state.current, timeout_ns = state.timeout_ns;
     const uint64_t begun0 = state.begun_ns[0], begun1 = state.begun_ns[1], finished = state.finished;
     const uint64_t overlapped0 = state.overlapped[0], overlapped1 = state.overlapped[1];
+    const uint64_t tag0 = state.tags[0], tag1 = state.tags[1];
     op.begun_ns = Now();
     if (sending) Prefetch(&state.tails);  // and the first counters after it
     op.bad = (state.active == 0) | (state.failed != 0) | (own.max_ranks != p.g.max_ranks) |
@@ -198,9 +199,9 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending, Meanwhile me
     op.overlaps = sending ? finished != started : started != op.stamp;
     op.newest = finished < op.stamp;
     op.stale = !sending & (started - op.stamp > 1);
-    const bool second = (other_overlapped == op.stamp - 1) & (other_overlapped != 0);
+    const bool second = other_overlapped == op.stamp - 1;
     // Ranks that finish in another order would wait for, or overwrite, what the others have not finished.
-    op.tag = p.tag | (sending ? op.overlaps : second) * kSecondInFlight;
+    op.tag = sending ? p.tag | op.overlaps * kSecondInFlight : op.bank ? tag1 : tag0;
     op.safe_until_ns = op.overlaps | second ? 0 : other_begun + min(timeout_ns, kMercyNs) / 2;
     op.wait_for_bank = (overlapped != 0) & (overlapped == op.stamp - kBanks);
     op.flag = 0;
@@ -504,6 +505,7 @@ __device__ inline void EndSend(const Op& op, const Params& p) {
   DeviceState& state = p.control->state;
   state.started = state.current = op.stamp;
   state.begun_ns[op.bank] = op.begun_ns;
+  state.tags[op.bank] = op.tag;
   if (op.overlaps) state.overlapped[1 - op.bank] = op.stamp - 1;
   atomicAdd(&state.operations, 1ull);
 }

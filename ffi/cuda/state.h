@@ -114,6 +114,7 @@ struct DeviceState {
   uint64_t started;             // stamp of the operation that was started last
   uint64_t current;             // the same, for the receiving half of a fused operation
   uint64_t begun_ns[kBanks];    // when the operation of the bank was started
+  uint64_t tags[kBanks];        // its tag: a program that finishes it numbers its own operations
   uint64_t overlapped[kBanks];  // its stamp, if the next operation was started before it was finished
   uint64_t finished;            // stamp of the operation that was finished last
   uint64_t timeout_ns;
