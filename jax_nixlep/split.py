@@ -2,8 +2,8 @@
 
 `*_start` makes this rank's part visible; it waits for peers at most until they have begun the operation before, or read
 what was in the memory that it writes to. `*_finish` waits for the peers. Every member calls the same halves in the same
-order; they may be in different programs. An operation that was started must be finished once, in the same epoch, and before
-the second one after it begins, halves or not: there is memory for two.
+order; they may be in different programs. An operation that was started must be finished once, in the same epoch, and
+before the second one after it begins, halves or not: there is memory for two.
 """
 
 from __future__ import annotations

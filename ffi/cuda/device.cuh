@@ -198,10 +198,11 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending, Meanwhile me
     // peer may begin the second before this rank began the first.
     op.overlaps = sending ? finished != started : started != op.stamp;
     op.newest = finished < op.stamp;
-    op.stale = !sending & (started - op.stamp > 1);
+    op.stale = !sending & (started != op.stamp) & ((started - op.stamp > 1) | (overlapped != op.stamp));
     const bool second = other_overlapped == op.stamp - 1;
     // Ranks that finish in another order would wait for, or overwrite, what the others have not finished.
-    op.tag = sending ? p.tag | op.overlaps * kSecondInFlight : op.bank ? tag1 : tag0;
+    const uint64_t begun_tag = op.stale ? p.tag : op.bank ? tag1 : tag0;
+    op.tag = sending ? p.tag | op.overlaps * kSecondInFlight : begun_tag;
     op.safe_until_ns = op.overlaps | second ? 0 : other_begun + min(timeout_ns, kMercyNs) / 2;
     op.wait_for_bank = (overlapped != 0) & (overlapped == op.stamp - kBanks);
     op.flag = 0;
@@ -449,14 +450,17 @@ __device__ __noinline__ inline void AwaitBankSlow(Op& op, const Params& p) {
   const uint64_t deadline = Now() + state.timeout_ns;
   for (int r = threadIdx.x; r < p.g.max_ranks; r += blockDim.x) {
     if (!op.live[r]) continue;
+    auto before = [&](int rank) {  // its message of the operation before, once that is there
+      const Seen seen = Look(p.control->signals[1 - op.bank][rank].signal, op.nonce[rank]);
+      return seen.whole && seen.stamp == op.stamp - 1 ? seen : Seen{};
+    };
     auto unfinished = [&](int rank) {
       if (op.wait_for_bank) {
         // A peer may have finished even this operation, where other blocks have sent theirs; a word that an earlier
         // group left can be any number.
         return LoadAcquire(&p.control->notices[rank].finished) - (op.nonce[rank] + op.stamp - kBanks) > kBanks;
       }
-      const Seen seen = Look(p.control->signals[1 - op.bank][rank].signal, op.nonce[rank]);
-      return !seen.whole || seen.stamp != op.stamp - 1;
+      return !before(rank).whole;
     };
     bool over = false, stopped = false, dead = false;  // before the word was read, which may be the peer's last
     for (unsigned polls = 1; unfinished(r); ++polls) {
@@ -478,10 +482,13 @@ __device__ __noinline__ inline void AwaitBankSlow(Op& op, const Params& p) {
       over = dead || stopped || Now() > deadline;
       __nanosleep(kPauseNs);
     }
-    if (DecidedLate(op, p, r)) {
-      while (!LoadAcquire(&state.peers[r].masked))
-        __nanosleep(kPauseNs);  // until the peer is told, by a block that runs
+    const Seen seen = before(r);
+    if (DecidedLate(op, p, r)) {  // but told so? By a block that runs, before anything is overwritten.
+      while (!LoadAcquire(&state.peers[r].masked)) __nanosleep(kPauseNs);
       op.live[r] = 0;
+    } else if (!op.wait_for_bank && seen.whole && seen.tag != state.tags[1 - op.bank]) {
+      // In another order, it does not mean that the peer has finished what it is to have finished before.
+      Fail(op, p, Failure::kOtherBefore, r, seen.tag);
     }
   }
   if (threadIdx.x == 0) op.begun_ns = Now();  // the peers have all of their time from here on

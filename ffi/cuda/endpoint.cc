@@ -533,6 +533,10 @@ uint64_t CudaEndpoint::invalid_ids() const { return Read(control_->state.invalid
 
 bool CudaEndpoint::GaveUp() const { return !closed_ && std::atomic_ref(host_->report.gave_up).load() != 0; }
 
+constexpr const char* kSameOrder =
+    "every member must run the same operations in the same order: run the same program, and pass after= between "
+    "operations that do not depend on each other";
+
 std::string CudaEndpoint::Failure() const {
   if (closed_) return "";
   FailureReport& report = host_->report;
@@ -549,9 +553,11 @@ std::string CudaEndpoint::Failure() const {
       return what + who + " did not arrive within " + std::to_string(options_.timeout_s) +
              " s; check that rank's output, or raise timeout_s if it is only slow";
     case cuda::Failure::kOtherOp:
-      return what + who + " runs " + OpTag::NameBeside(report.other_tag, report.tag) +
-             " at the same place; every member must run the same operations in the same order: run the same program, "
-             "and pass after= between operations that do not depend on each other";
+      return what + who + " runs " + OpTag::NameBeside(report.other_tag, report.tag) + " at the same place; " +
+             kSameOrder;
+    case cuda::Failure::kOtherBefore:
+      return what + "what " + who + " started before it, " + OpTag::Name(report.other_tag) +
+             ", is another operation than here, or had others unfinished; " + kSameOrder;
     case cuda::Failure::kPeerAhead:
       return what + who + " went on without this rank, which was too late";
     case cuda::Failure::kPeerLeft:

@@ -58,9 +58,10 @@ struct Geometry {
 // Why an endpoint stopped; see CudaEndpoint::Failure for the words.
 enum class Failure : uint32_t {
   kNone = 0,
-  kTimedOut,   // a peer did not arrive, and late peers end the operation
-  kOtherOp,    // a peer runs another operation at the same place
-  kPeerAhead,  // a peer went on without this rank
+  kTimedOut,     // a peer did not arrive, and late peers end the operation
+  kOtherOp,      // a peer runs another operation at the same place
+  kOtherBefore,  // the same of the operation before, which is not finished
+  kPeerAhead,    // a peer went on without this rank
   kPeerLeft,
   kPeerFailed,
   kBadCount,

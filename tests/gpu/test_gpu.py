@@ -459,29 +459,46 @@ def test_halves_finished_too_late_look_good_to_nobody(gpu_pools, transport):
     assert poisoned and "went on" in health.failure
 
 
-def rank_finishes_in_its_own_order(job, config):
-    """Rank 0 finishes its first operation before it starts the second, rank 1 after that."""
+def in_order(steps, start, finish):
+    """Starts and finishes operations, as in "sA sB fA fB"; their results, in the order in which they are finished."""
+    pending, got, after = {}, [], None
+    for half, name in steps.split():
+        if half == "s":
+            pending[name] = start(after=after)
+            after = pending[name].order
+        else:
+            got.append(finish(pending[name], after=after))
+            after = got[-1].status.order
+    return got
+
+
+def rank_finishes_in_its_own_order(job, config, steps):
     import jax
 
     import jax_nixlep as nx
 
     group = job.initialize(config, timeout_s=10)
-    starts = [functools.partial(nx.dispatch_start, *make_input(config, job.rank, 6, 0, "distinct"), config=config)] * 2
-    order = ("apart", "side by side")[job.rank]
-    both = jax.jit(
-        lambda: [g.tokens for g in two_in_halves(order, starts, nx.dispatch_finish, lambda g: g.status.order)]
-    )
-    return [np.isnan(np.asarray(tokens)).all() for tokens in both()], group.health().failure
+    start = functools.partial(nx.dispatch_start, *make_input(config, job.rank, 6, 0, "distinct"), config=config)
+    try:
+        last = jax.jit(lambda: in_order(steps[job.rank], start, nx.dispatch_finish)[-1].tokens)()
+        poisoned = bool(np.isnan(np.asarray(last)).all())
+    except jax.errors.JaxRuntimeError:  # the failure was known when the last operations were to be launched
+        poisoned = True
+    return poisoned, group.health().failure
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_ranks_that_finish_in_other_orders_are_told(gpu_pools, transport):
-    for (_, poisoned), failure in gpu_pools(2, transport).run(rank_finishes_in_its_own_order, make_config()):
-        assert poisoned and "with other operations unfinished" in failure
+@pytest.mark.parametrize(
+    "steps", [("sA fA sB fB", "sA sB fA fB"), ("sA fA sB sC fB fC", "sA sB fA sC fB fC")], ids=["two", "three"]
+)
+def test_ranks_that_finish_in_other_orders_are_told(gpu_pools, steps, transport):
+    answers = gpu_pools(2, transport).run(rank_finishes_in_its_own_order, make_config(), steps)
+    assert all(poisoned and failure for poisoned, failure in answers), answers
+    assert "unfinished" in answers[0][1] and "same order" in answers[0][1]
 
 
-def rank_finishes_again(job, config):
-    """What is finished again two operations later; what is finished in another epoch is the same to the kernels."""
+def rank_finishes_again(job, config, later):
+    """Finishes an operation again, `later` ones after it. The kernels see no difference to one of another epoch."""
     import jax
 
     import jax_nixlep as nx
@@ -492,13 +509,14 @@ def rank_finishes_again(job, config):
     finish = jax.jit(nx.dispatch_finish)
     pending = start(*inputs)
     good = np.asarray(finish(pending).tokens)
-    for _ in range(2):
+    for _ in range(later):
         same_bits(finish(start(*inputs)).tokens, good)
     return bool(np.isnan(np.asarray(finish(pending).tokens)).all()), group.health().failure
 
 
-def test_what_is_not_in_flight_cannot_be_finished(gpu_pools):
-    for poisoned, failure in gpu_pools(2).run(rank_finishes_again, make_config()):
+@pytest.mark.parametrize("later", [1, 2])
+def test_what_is_not_in_flight_cannot_be_finished(gpu_pools, later):
+    for poisoned, failure in gpu_pools(2).run(rank_finishes_again, make_config(), later):
         assert poisoned and "must be in flight" in failure
 
 
