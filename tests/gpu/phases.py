@@ -15,7 +15,9 @@ import contextlib
 import json
 import multiprocessing
 import os
+import queue
 import statistics
+import time
 
 WARM_UP = 3
 EVICT_BYTES = 1 << 29  # several times the L2 cache
@@ -235,8 +237,16 @@ def measure(args, url):
         process.start()
     case = {name: int(value) for name, value in vars(args).items() if name not in ("side", "capacity_factor")}
     print(json.dumps({"side": args.side} | case | {"capacity_factor": args.capacity_factor}))
-    for rank, row in sorted((results.get(timeout=120) for _ in processes), key=lambda item: item[0]):
-        print(rank, json.dumps(row), flush=True)
+    rows, end = {}, time.monotonic() + 90
+    while len(rows) < args.ranks:
+        with contextlib.suppress(queue.Empty):
+            rows |= [results.get(timeout=1)]
+            continue
+        missing = [rank for rank in range(args.ranks) if rank not in rows]
+        if any(process.exitcode for process in processes) or time.monotonic() > end:
+            raise SystemExit(f"Error: phases: every rank must measure within 90 s; got nothing from {missing}")
+    for rank in range(args.ranks):
+        print(rank, json.dumps(rows[rank]), flush=True)
     for process in processes:
         process.join(10)
         if process.is_alive():

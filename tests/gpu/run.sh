@@ -8,6 +8,7 @@
 # may run at the same time. CASES: lines of arguments of phases.py. DROPLESS=1: also the worst case of rows.
 # PYTEST_ARGS: for the tests. DECODE_ARGS: for examples/bench_decode.py.
 set -o pipefail
+nvidia-smi -L || { echo "tests/gpu/run.sh: needs an NVIDIA GPU and its driver; nvidia-smi shows none"; exit 1; }
 . tests/gpu/setup.sh
 export JAX_NIXLEP_TEST_GPUS=${JAX_NIXLEP_TEST_GPUS:-1}
 OUT=${OUT:-out} failed=0
@@ -43,9 +44,9 @@ fi
 
 if [[ $steps == *sanitizer* ]]; then
   nvcc -std=c++20 -arch=native -O3 -lineinfo -fmad=false --expt-relaxed-constexpr -Iffi -isystem "$UCX_INCLUDE" \
-    tests/gpu/kernel_phases.cu ffi/cuda/*.cu -o /tmp/kernel_phases || failed=1
+    tests/gpu/kernel_phases.cu ffi/cuda/*.cu -o /tmp/kernel_phases && tools="memcheck racecheck synccheck" || failed=1
   rm -f "$OUT/sanitizer.txt"
-  for tool in memcheck racecheck synccheck; do
+  for tool in $tools; do
     for case in "4 5 1024 3 8 1 0 0" "2 130 1024 40 8 1 0 1.5" "4 9 1024 8 4 1 1 0" "4 33 1024 650 8 1 0 1.5"; do
       { echo "$tool: $case"; timeout 100 compute-sanitizer --tool $tool --error-exitcode 9 /tmp/kernel_phases $case; } 2>&1 |
         tail -5 | tee -a "$OUT/sanitizer.txt" || failed=1
@@ -56,14 +57,14 @@ fi
 if [[ $steps == *chain* ]]; then
   rm -f "$OUT/chain.txt"
   for buffers in graphs plain; do
-    timeout 60 python3 tests/gpu/chain.py $buffers 2>&1 | grep ^chain | tee -a "$OUT/chain.txt" || failed=1
+    JAX_PLATFORMS=cuda timeout 60 python3 tests/gpu/chain.py $buffers 2>&1 | grep -E "^chain|Error" | tee -a "$OUT/chain.txt" || failed=1
   done
 fi
 
 if [[ $steps == *phases* ]]; then
   rm -f "$OUT/phases.txt"
   phases() {  # SECONDS ARGUMENTS...
-    timeout "$1" python3 tests/gpu/phases.py "${@:2}" 2>&1 | grep -E "^[{0-9]|Error" | tee -a "$OUT/phases.txt" || failed=1
+    JAX_PLATFORMS=cuda timeout "$1" python3 tests/gpu/phases.py "${@:2}" 2>&1 | grep -E "^[{0-9]|Error" | tee -a "$OUT/phases.txt" || failed=1
   }
   with_upstream() { PYTHONPATH=$JAX_NIXLEP_TEST_UPSTREAM:$PYTHONPATH "$@"; }
   while read -r case; do
