@@ -190,7 +190,6 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending, Meanwhile me
     op.bank = int(op.stamp % kBanks);
     const uint64_t begun = op.bank ? begun1 : begun0, other_begun = op.bank ? begun0 : begun1;
     const uint64_t overlapped = op.bank ? overlapped1 : overlapped0;
-    const uint64_t other_overlapped = op.bank ? overlapped0 : overlapped1;
     op.deadline_ns = begun + timeout_ns;
     op.num_put_peers = int(state.num_put_peers);
     // A peer began this operation after this rank began the one before, and gives up a timeout later, or is told to by
@@ -199,11 +198,10 @@ __device__ inline void Begin(Op& op, const Params& p, bool sending, Meanwhile me
     op.overlaps = sending ? finished != started : started != op.stamp;
     op.newest = finished < op.stamp;
     op.stale = !sending & (started != op.stamp) & ((started - op.stamp > 1) | (overlapped != op.stamp));
-    const bool second = other_overlapped == op.stamp - 1;
     // Ranks that finish in another order would wait for, or overwrite, what the others have not finished.
     const uint64_t begun_tag = op.stale ? p.tag : op.bank ? tag1 : tag0;
     op.tag = sending ? p.tag | op.overlaps * kSecondInFlight : begun_tag;
-    op.safe_until_ns = op.overlaps | second ? 0 : other_begun + min(timeout_ns, kMercyNs) / 2;
+    op.safe_until_ns = op.overlaps | (op.tag >= kSecondInFlight) ? 0 : other_begun + min(timeout_ns, kMercyNs) / 2;
     op.wait_for_bank = (overlapped != 0) & (overlapped == op.stamp - kBanks);
     op.flag = 0;
   }
@@ -482,11 +480,10 @@ __device__ __noinline__ inline void AwaitBankSlow(Op& op, const Params& p) {
       over = dead || stopped || Now() > deadline;
       __nanosleep(kPauseNs);
     }
-    const Seen seen = before(r);
     if (DecidedLate(op, p, r)) {  // but told so? By a block that runs, before anything is overwritten.
       while (!LoadAcquire(&state.peers[r].masked)) __nanosleep(kPauseNs);
       op.live[r] = 0;
-    } else if (!op.wait_for_bank && seen.whole && seen.tag != state.tags[1 - op.bank]) {
+    } else if (const Seen seen = before(r); !op.wait_for_bank && seen.whole && seen.tag != state.tags[1 - op.bank]) {
       // In another order, it does not mean that the peer has finished what it is to have finished before.
       Fail(op, p, Failure::kOtherBefore, r, seen.tag);
     }

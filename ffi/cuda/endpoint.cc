@@ -15,6 +15,7 @@
 #include <tuple>
 #include <utility>
 
+#include "cuda/failures.h"
 #include "cuda/host.h"
 
 namespace jax_nixlep::cuda {
@@ -533,63 +534,12 @@ uint64_t CudaEndpoint::invalid_ids() const { return Read(control_->state.invalid
 
 bool CudaEndpoint::GaveUp() const { return !closed_ && std::atomic_ref(host_->report.gave_up).load() != 0; }
 
-constexpr const char* kSameOrder =
-    "every member must run the same operations in the same order: run the same program, and pass after= between "
-    "operations that do not depend on each other";
-
 std::string CudaEndpoint::Failure() const {
   if (closed_) return "";
   FailureReport& report = host_->report;
-  const auto code = cuda::Failure(std::atomic_ref(report.code).load());
-  if (code == cuda::Failure::kNone) {
-    return std::atomic_ref(report.stop).load() == uint32_t(Stop::kInterrupt) ? "the members changed" : "";
-  }
-  const std::string what = OpTag::Name(report.tag) + " (operation " +
-                           std::to_string(report.stamp & (kTimedOutBit - 1)) + " of epoch " +
-                           std::to_string(report.stamp >> kEpochShift) + "): ";
-  const std::string who = "rank " + std::to_string(report.peer);
-  switch (code) {
-    case cuda::Failure::kTimedOut:
-      return what + who + " did not arrive within " + std::to_string(options_.timeout_s) +
-             " s; check that rank's output, or raise timeout_s if it is only slow";
-    case cuda::Failure::kOtherOp:
-      return what + who + " runs " + OpTag::NameBeside(report.other_tag, report.tag) + " at the same place; " +
-             kSameOrder;
-    case cuda::Failure::kOtherBefore:
-      return what + "what " + who + " started before it, " + OpTag::Name(report.other_tag) +
-             ", is another operation than here, or had others unfinished; " + kSameOrder;
-    case cuda::Failure::kPeerAhead:
-      return what + who + " went on without this rank, which was too late";
-    case cuda::Failure::kPeerLeft:
-      return what + who + " has left the group";
-    case cuda::Failure::kPeerFailed:
-      return what + who + " failed; see its error";
-    case cuda::Failure::kBadCount:
-      return what + who + " sent a bad count";
-    case cuda::Failure::kBadHandle:
-      return what + "handle must be the one dispatch returned; got rows outside it; pass received.handle unchanged";
-    case cuda::Failure::kOverwritten:
-      return what + who + " went on while its data was read";
-    case cuda::Failure::kPeerDead:
-      return what + who + " is dead; check that rank's output";
-    case cuda::Failure::kUnreachable:
-      return what + who +
-             " must be on a GPU that this one reaches, or behind a network card with GPUDirect Async; "
-             "got a way that kernels of this build cannot take, or an error on it; see UCX's output, or build with "
-             "headers of a UCX that has it";
-    case cuda::Failure::kInterrupted:
-      return what + "the members changed while it waited for " + who;
-    case cuda::Failure::kNotFinished:
-      return what + "an operation must be finished before the second one after it begins; got an unfinished one; " +
-             "finish it earlier";
-    case cuda::Failure::kNotStarted:
-      return what +
-             "what is finished must be in flight: of this epoch, and finished once; got another; finish it where " +
-             "it was started";
-    case cuda::Failure::kNone:
-      break;
-  }
-  return "";
+  if (std::atomic_ref(report.code).load() != uint32_t(cuda::Failure::kNone))
+    return Describe(report, options_.timeout_s);
+  return std::atomic_ref(report.stop).load() == uint32_t(Stop::kInterrupt) ? "the members changed" : "";
 }
 
 Launch CudaEndpoint::MakeLaunch(uint64_t tag, const RowFormat& format, int num_tokens, cudaStream_t stream) const {

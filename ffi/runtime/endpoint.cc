@@ -418,9 +418,8 @@ bool Operation::Arrived(int from) {
   const bool whole = check == Signal::Check(endpoint_.peers_[from]->nonce, stamp, tag, tokens);
   if (whole && stamp == stamp_) {
     if (tag != tag_) {
-      throw EpError(Describe() + ": " + who + " runs " + OpTag::NameBeside(tag, tag_) +
-                    " at the same place; every member must run the same operations in the same order: run the same "
-                    "program, and pass after= between operations that do not depend on each other");
+      throw EpError(Describe() + ": " + who + " runs " + OpTag::NameBeside(tag, tag_) + " at the same place; " +
+                    kSameOrder);
     }
     if (tokens > uint64_t(endpoint_.capacity().max_tokens))
       throw EpError(Describe() + ": " + who + " sent a bad count");

@@ -39,6 +39,11 @@ struct OpTag {
   static std::string NameBeside(uint64_t theirs, uint64_t ours);
 };
 
+// What to do about operations that differ.
+inline constexpr const char* kSameOrder =
+    "every member must run the same operations in the same order: run the same program, and pass after= between "
+    "operations that do not depend on each other";
+
 struct EndpointOptions {
   int rank = 0;
   Capacity capacity;
