@@ -43,6 +43,7 @@ if [[ $steps == *decode* ]]; then  # cuBLAS: a program of its own kind for each 
 fi
 
 if [[ $steps == *sanitizer* ]]; then
+  UCX_INCLUDE=${UCX_INCLUDE:-$(python3 -c "import importlib.util as u; print(u.find_spec('libucx').submodule_search_locations[0])")/include}
   nvcc -std=c++20 -arch=native -O3 -lineinfo -fmad=false --expt-relaxed-constexpr -Iffi -isystem "$UCX_INCLUDE" \
     tests/gpu/kernel_phases.cu ffi/cuda/*.cu -o /tmp/kernel_phases && tools="memcheck racecheck synccheck" || failed=1
   rm -f "$OUT/sanitizer.txt"
@@ -57,28 +58,30 @@ fi
 if [[ $steps == *chain* ]]; then
   rm -f "$OUT/chain.txt"
   for buffers in graphs plain; do
-    JAX_PLATFORMS=cuda timeout 60 python3 tests/gpu/chain.py $buffers 2>&1 | grep -E "^chain|Error" | tee -a "$OUT/chain.txt" || failed=1
+    JAX_PLATFORMS=cuda timeout 60 python3 tests/gpu/chain.py $buffers 2>&1 | grep -E "^chain|Error" |
+      tee -a "$OUT/chain.txt" || failed=1
   done
 fi
 
 if [[ $steps == *phases* ]]; then
   rm -f "$OUT/phases.txt"
-  phases() {  # SECONDS ARGUMENTS...
-    JAX_PLATFORMS=cuda timeout "$1" python3 tests/gpu/phases.py "${@:2}" 2>&1 | grep -E "^[{0-9]|Error" | tee -a "$OUT/phases.txt" || failed=1
+  phases() {
+    JAX_PLATFORMS=cuda timeout 100 python3 tests/gpu/phases.py "$@" 2>&1 | grep -E "^[{0-9]|Error" |
+      tee -a "$OUT/phases.txt" || failed=1
   }
   with_upstream() { PYTHONPATH=$JAX_NIXLEP_TEST_UPSTREAM:$PYTHONPATH "$@"; }
   while read -r case; do
     set -- $case
     factor=1.125  # rows that hold any routing drawn here; one token: the worst case, as no fewer rows are certain
     [[ $2 == 1 ]] && factor=0
-    phases 100 ours $case $factor
-    if with_upstream python3 -c "import torch, nixl_ep_cu13" 2>/dev/null; then with_upstream phases 100 nixl_ep $case; fi
+    phases ours $case $factor
+    if with_upstream python3 -c "import torch, nixl_ep_cu13" 2>/dev/null; then with_upstream phases nixl_ep $case; fi
   done <<< "${CASES:-4 1 7168 32 8 20 0
 4 128 7168 32 8 20 0
 4 128 7168 32 8 20 1
 2 128 7168 8 8 20 0
 4 1024 7168 8 8 10 0}"
-  if [[ -n $DROPLESS ]]; then phases 100 ours 4 128 7168 32 8 20 0 0; fi
+  if [[ -n $DROPLESS ]]; then phases ours 4 128 7168 32 8 20 0 0; fi
 fi
 
 if [[ $steps == *mps* ]]; then  # ranks use the GPU at the same time

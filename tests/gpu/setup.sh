@@ -12,4 +12,3 @@ if [ -n "$WHEELS" ]; then
   export PYTHONPATH=$PWD:$SITE/s15
   export JAX_NIXLEP_TEST_UPSTREAM=$SITE/s14  # the nixl_ep whose build is for the torch that is here
 fi
-UCX_INCLUDE=${UCX_INCLUDE:-$(python3 -c "import importlib.util as u; print(u.find_spec('libucx').submodule_search_locations[0])" 2>/dev/null)/include}

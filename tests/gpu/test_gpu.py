@@ -198,21 +198,30 @@ def test_replays(gpu_pools, buffers):
 # --- Halves ---
 
 
-def two_in_halves(order, starts, finish, edge, after=None):
-    """The results of two operations; `edge` makes an order edge of one."""
-    a = starts[0](after=after)
-    if order == "apart":
-        got_a = finish(a)
-        return got_a, finish(starts[1](after=edge(got_a)))
-    b = starts[1](after=a.order)
-    if order == "nested":
-        got_b = finish(b)
-        return finish(a, after=edge(got_b)), got_b
-    got_a = finish(a, after=b.order)
-    return got_a, finish(b, after=edge(got_a))
+def in_order(steps, starts, finish, edge, after=None):
+    """Starts and finishes operations, as in "sA sB fA fB"; {name: result}, in the order in which they are finished.
+
+    `edge` makes an order edge of a result.
+    """
+    pending, got = {}, {}
+    for half, name in steps.split():
+        if half == "s":
+            pending[name] = starts[name](after=after)
+            after = pending[name].order
+        else:
+            got[name] = finish(pending[name], after=after)
+            after = edge(got[name])
+    return got
 
 
-def rank_halves(job, config, order):
+def start_two(inputs, config, after):
+    import jax_nixlep as nx
+
+    a = nx.dispatch_start(*inputs, config=config, after=after)
+    return a, nx.dispatch_start(*inputs, config=config, after=a.order)
+
+
+def rank_halves(job, config, steps):
     import jax
 
     import jax_nixlep as nx
@@ -226,20 +235,24 @@ def rank_halves(job, config, order):
     @jax.jit
     def step(xs):
         routings = [routing for _, *routing in inputs]
-        starts = [functools.partial(nx.dispatch_start, x, *r, config=config) for x, r in zip(xs, routings, strict=True)]
-        got = two_in_halves(order, starts, nx.dispatch_finish, edge)
-        done = edge(got[0 if order == "nested" else 1])
-        starts = [functools.partial(nx.combine_start, g.tokens, g.handle, config=config) for g in got]
-        return got[0], *two_in_halves(order, starts, nx.combine_finish, lambda y: y, done)
+        tokens = zip("AB", xs, routings, strict=True)
+        starts = {name: functools.partial(nx.dispatch_start, x, *r, config=config) for name, x, r in tokens}
+        got = in_order(steps, starts, nx.dispatch_finish, edge)
+        *_, last = got.values()
+        starts = {n: functools.partial(nx.combine_start, g.tokens, g.handle, config=config) for n, g in got.items()}
+        sums = in_order(steps, starts, nx.combine_finish, lambda y: y, edge(last))
+        return got["A"], sums["A"], sums["B"]
 
     return [jax.tree.map(np.asarray, step([x for x, *_ in inputs])) for _ in range(5)]
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("order", ["apart", "side by side", "nested"])
-def test_halves(gpu_pools, order, transport):
+@pytest.mark.parametrize(
+    "steps", ["sA fA sB fB", "sA sB fA fB", "sA sB fB fA"], ids=["apart", "side by side", "nested"]
+)
+def test_halves(gpu_pools, steps, transport):
     config = make_config()
-    answers = gpu_pools(2, transport).run(rank_halves, config, order)
+    answers = gpu_pools(2, transport).run(rank_halves, config, steps)
     expected = []
     for seed in (0, 1):
         inputs = [make_input(config, r, 6, seed) for r in range(2)]
@@ -388,10 +401,7 @@ def rank_halves_beside_a_dead_one(job, config, timeout_s):
     group = job.initialize(config, timeout_s=timeout_s, on_timeout="mask")
     inputs = make_input(config, job.rank, 6, 0, "distinct")
 
-    @jax.jit
-    def starts(after):
-        a = nx.dispatch_start(*inputs, config=config, after=after)
-        return a, nx.dispatch_start(*inputs, config=config, after=a.order)
+    starts = jax.jit(functools.partial(start_two, inputs, config))
 
     @jax.jit
     def finishes(a, b):
@@ -433,11 +443,7 @@ def rank_finishes_late(job, config):
     group = job.initialize(config, timeout_s=1.5, on_timeout="mask")
     inputs = make_input(config, job.rank, 6, 0, "distinct")
 
-    @jax.jit
-    def starts(after):
-        a = nx.dispatch_start(*inputs, config=config, after=after)
-        return a, nx.dispatch_start(*inputs, config=config, after=a.order)
-
+    starts = jax.jit(functools.partial(start_two, inputs, config))
     finish = jax.jit(nx.dispatch_finish)
     a, b = jax.block_until_ready(starts(jnp.zeros((), jnp.float32)))
     if job.rank == 2:
@@ -459,19 +465,6 @@ def test_halves_finished_too_late_look_good_to_nobody(gpu_pools, transport):
     assert poisoned and "went on" in health.failure
 
 
-def in_order(steps, start, finish):
-    """Starts and finishes operations, as in "sA sB fA fB"; their results, in the order in which they are finished."""
-    pending, got, after = {}, [], None
-    for half, name in steps.split():
-        if half == "s":
-            pending[name] = start(after=after)
-            after = pending[name].order
-        else:
-            got.append(finish(pending[name], after=after))
-            after = got[-1].status.order
-    return got
-
-
 def rank_finishes_in_its_own_order(job, config, steps):
     import jax
 
@@ -479,9 +472,15 @@ def rank_finishes_in_its_own_order(job, config, steps):
 
     group = job.initialize(config, timeout_s=10)
     start = functools.partial(nx.dispatch_start, *make_input(config, job.rank, 6, 0, "distinct"), config=config)
+    starts = dict.fromkeys("ABC", start)
+
+    @jax.jit
+    def run():
+        *_, last = in_order(steps[job.rank], starts, nx.dispatch_finish, lambda got: got.status.order).values()
+        return last.tokens
+
     try:
-        last = jax.jit(lambda: in_order(steps[job.rank], start, nx.dispatch_finish)[-1].tokens)()
-        poisoned = bool(np.isnan(np.asarray(last)).all())
+        poisoned = bool(np.isnan(np.asarray(run())).all())
     except jax.errors.JaxRuntimeError:  # the failure was known when the last operations were to be launched
         poisoned = True
     return poisoned, group.health().failure
