@@ -43,12 +43,14 @@ def test_grows_shrinks_and_leaves_holes(gpu_pools, transport):
     test_elastic.test_grows_shrinks_and_leaves_holes(lambda n, _: gpu_pools(n, transport), transport)
 
 
+@pytest.mark.kills
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("when", ["call", "prepare"])
 def test_survivors_agree_and_go_on(env_of, when, transport):
     test_elastic.check_survivors(when, env_of(transport))
 
 
+@pytest.mark.kills
 @pytest.mark.parametrize("phase", ["prepare", "commit"])
 def test_a_coordinator_that_dies(env_of, phase):
     test_elastic_failures.test_a_coordinator_that_dies(phase, env_of())
@@ -73,12 +75,14 @@ def test_a_group_without_work_changes(gpu_pools):
     test_elastic_failures.test_a_group_without_work_changes(gpu_pools)
 
 
+@pytest.mark.kills
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_lost_experts_come_back(env_of, transport):
     function = test_elastic_failures.rank_leader_dies
     assert set(run_to_deaths(function, num_ranks=3, dead={0, 2}, env=env_of(transport))) == {1}
 
 
+@pytest.mark.kills
 def test_upstream_plans(env_of):
     done = subprocess.run(
         [sys.executable, "-m", "jax_nixlep.plan", str(PLAN)],
