@@ -18,6 +18,7 @@ import numpy as np
 
 from jax_nixlep import _ffi
 from jax_nixlep import store as stores
+from jax_nixlep.agreement import Described, described
 from jax_nixlep.nixl_ep import setup as nixl_ep
 from jax_nixlep.store.tcp import StoreServer
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 from jax_nixlep.config import EpConfig
 from jax_nixlep.elastic import Change, Elastic, Restore
 from jax_nixlep.elastic import run as run_steps
-from jax_nixlep.placement import Placement, identity_placement
+from jax_nixlep.placement import Placement, check_experts, identity_placement
 from jax_nixlep.rendezvous import Rendezvous, Seat
 
 
@@ -254,7 +255,7 @@ class EpGroup:
         secret: str | None,
         timeout_s: float,
         make_elastic: Callable[[], Elastic] | None,
-        kernels: str,
+        about: Described,
     ) -> None:
         """Meets the other members at `url`; returns when all are connected and active."""
         server, self._store = stores.serve_or_connect(url, serve=serve, secret=secret, timeout_s=timeout_s)
@@ -264,7 +265,7 @@ class EpGroup:
         if self._elastic is not None and not self._members:
             self._elastic.join()
             return
-        self._rendezvous = Rendezvous(self._store, self._seats, self.config, self._members, timeout_s, kernels)
+        self._rendezvous = Rendezvous(self._store, self._seats, about, self._members, timeout_s)
         self._rendezvous.connect()
         if self._elastic is None:
             self._activate()
@@ -466,6 +467,7 @@ def initialize(
         seats = [Seat(device, team, r, make_endpoint(device, r)) for device, team, r in places]
         group = EpGroup(config, [] if join else ranks, seats)
         make_elastic: Callable[[], Elastic] | None = None
+        about = described(config, kernels=kernels, elastic=elastic)
         try:
             if mesh is not None:
                 url, secret, group._server = _mesh_store(store, secret, number, init_timeout_s)
@@ -474,6 +476,9 @@ def initialize(
                 if num_experts is None and join:
                     raise ValueError("initialize: num_experts must be given to join; got None; pass the group's")
                 experts = len(ranks) * config.experts_per_rank if num_experts is None else num_experts
+                if not join:
+                    check_experts("initialize", experts, ranks, config.experts_per_rank)
+                about["num_experts"] = experts
                 make_elastic = partial(
                     Elastic,
                     url,
@@ -481,6 +486,7 @@ def initialize(
                     config,
                     seats[0].rank,
                     experts,
+                    about,
                     secret=secret,
                     timeout_s=timeout_s,
                     join_timeout_s=init_timeout_s,
@@ -494,7 +500,7 @@ def initialize(
                 group._activate()
             else:
                 serve = mesh is None and not join and seats[0].rank == group._members[0] and _launched() is None
-                group._open(url, serve, secret, init_timeout_s, make_elastic, kernels)
+                group._open(url, serve, secret, init_timeout_s, make_elastic, about)
         except BaseException:
             group._close()
             raise

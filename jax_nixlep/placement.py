@@ -6,7 +6,8 @@ of each physical slot, -1 for none. `plan_table` makes one for a new membership 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,13 +34,8 @@ def identity_placement(num_experts: int, members: Sequence[int], experts_per_ran
     Raises:
       ValueError: more experts than slots.
     """
-    slots = [rank * experts_per_rank + local for rank in sorted(members) for local in range(experts_per_rank)]
-    if num_experts > len(slots):
-        raise ValueError(
-            f"identity_placement: num_experts must be at most the {len(slots)} slots of {len(members)} members; "
-            f"got {num_experts}; raise experts_per_rank or add members"
-        )
-    return Placement(jnp.asarray(np.array(slots[:num_experts], np.int32)[:, None]), jnp.ones((num_experts,), jnp.int32))
+    table = identity_table(num_experts, members, experts_per_rank, max(members, default=0) + 1)
+    return table_placement(table.tolist(), num_experts, 1)
 
 
 def to_slots(placement: Placement, expert_ids: jax.Array) -> jax.Array:
@@ -65,12 +61,51 @@ def table_placement(table: Sequence[int], num_experts: int, max_replicas: int) -
     return Placement(jnp.asarray(slots), jnp.asarray(counts))
 
 
-def identity_table(num_experts: int, members: Sequence[int], per_rank: int, max_ranks: int) -> np.ndarray:
-    """The table of `identity_placement`."""
+def identity_table(num_experts: int, members: Collection[int], per_rank: int, max_ranks: int) -> np.ndarray:
+    """The table of `identity_placement`.
+
+    Raises:
+      ValueError: more experts than slots.
+    """
+    check_experts("placement", num_experts, members, per_rank)
     table = np.full(max_ranks * per_rank, -1, np.int32)
     slots = [rank * per_rank + local for rank in sorted(members) for local in range(per_rank)]
     table[slots[:num_experts]] = np.arange(num_experts)
     return table
+
+
+def check_experts(op: str, num_experts: int, members: Collection[int], per_rank: int) -> None:
+    """
+    Raises:
+      ValueError: more experts than slots; begins with `op`.
+    """
+    slots = len(members) * per_rank
+    if num_experts > slots:
+        raise ValueError(
+            f"{op}: num_experts must be at most the {slots} slots of {len(members)} members; got {num_experts}; "
+            "raise experts_per_rank or add members"
+        )
+
+
+def check_table(
+    op: str, table: Sequence[int], members: Collection[int], per_rank: int, max_ranks: int, num_experts: int
+) -> None:
+    """
+    Raises:
+      ValueError: `table` is none for these members, of this length, with these experts; begins with `op`.
+    """
+    stray = [slot for slot, e in enumerate(table) if e >= 0 and slot // per_rank not in members]
+    if len(table) != max_ranks * per_rank or stray or max(table) >= num_experts:
+        raise ValueError(
+            f"{op}: table must have {max_ranks * per_rank} slots with experts below {num_experts}, on members only; "
+            f"got {len(table)} slots, strays {stray[:4]}; use -1 for empty slots"
+        )
+    expert, slots = Counter(e for e in table if e >= 0).most_common(1)[0] if max(table) >= 0 else (-1, 0)
+    if slots > max_ranks:
+        raise ValueError(
+            f"{op}: table must give an expert at most max_ranks = {max_ranks} slots; got {slots} for expert {expert}; "
+            "put its replicas on different ranks"
+        )
 
 
 def plan_table(

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from jax_nixlep import _ffi, _nixl
-from jax_nixlep.config import EpConfig
+from jax_nixlep.agreement import Described, check_alike
 from jax_nixlep.store import Store, StoreError
 
 _POLL_S = 0.01
@@ -43,15 +43,13 @@ class Rendezvous:
         self,
         store: Store,
         seats: Sequence[Seat],
-        config: EpConfig,
+        about: Described,
         members: Sequence[int],
         timeout_s: float,
-        kernels: str = "native",
     ):
         self._store = store
-        self._kernels = kernels
         self._seats = seats
-        self._config = config
+        self._about = about | {"members": list(members)}
         self._members = tuple(members)
         self._timeout_s = timeout_s
         self._deadline = time.monotonic() + timeout_s
@@ -115,26 +113,19 @@ class Rendezvous:
     # --- Steps ---
 
     def _arrive(self) -> None:
-        described = {f.name: _plain(getattr(self._config, f.name)) for f in dataclasses.fields(self._config)}
-        described |= {"members": list(self._members), "wire version": _ffi.WIRE_VERSION, "kernels": self._kernels}
         published: dict[Seat, dict[str, Any]] = {}
 
         def not_met(seat: Seat) -> list[int]:
             address = seat.endpoint.address()
             hellos = self._scan(seat, "hello")
             seen = {str(r): hellos[r]["address"]["nonce"] for r in hellos} | {str(seat.rank): address["nonce"]}
-            hello = {"config": described, "address": address, "seen": seen}
+            hello = {"about": self._about, "address": address, "seen": seen}
             if published.get(seat) != hello:
                 self._store.put(f"{self._prefix(seat)}hello/{seat.rank}/", json.dumps(hello).encode())
                 published[seat] = hello
             alive = {r: h for r, h in hellos.items() if h["seen"].get(str(seat.rank)) == address["nonce"]}
             for peer, theirs in alive.items():
-                for name, own in described.items():
-                    if theirs["config"].get(name) != own:
-                        raise ValueError(
-                            f"initialize: {name} must be equal on every rank; got {own!r} on rank {seat.rank} and "
-                            f"{theirs['config'].get(name)!r} on rank {peer}; start all with one config"
-                        )
+                check_alike(self._about, seat.rank, theirs["about"], f"on rank {peer}")
             keys = [str(r) for r in self._members]
             nonces = [seen.get(key) for key in keys]
             absent = [r for r in self._members if r not in alive or [alive[r]["seen"].get(k) for k in keys] != nonces]
@@ -234,7 +225,3 @@ class Rendezvous:
 
 def _mapping(address: dict[str, Any]) -> tuple[int, int, int]:
     return int(address["pid"]), int(address["fd"]), int(address["nonce"])
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (int, str, bool, type(None))) else str(value)

@@ -206,6 +206,10 @@ def rank_refusals(job):
             time.sleep(0.1)
         refused("few", lambda: tables.plan_table([0], 1, np.full(16, -1), np.ones(4)))
         refused("range", lambda: group.prepare([0, 9]))
+        slot = np.arange(CONFIG.num_slots)
+        refused("stray", lambda: group.prepare([0, 1], table=np.where(slot == 8, 0, -1)))
+        refused("unknown", lambda: group.prepare([0, 1], table=np.where(slot == 0, EXPERTS, -1)))
+        refused("crowded", lambda: group.prepare([0, 1], table=np.where(slot < 5, 3, -1)))
         change = group.prepare([0, 1, 3], deadline_s=2)  # nobody is rank 3
         refused("second", lambda: group.prepare([0]))
         refused("table", lambda: group.prepare([0, 1, 3], table=np.full(CONFIG.num_slots, -1)))
@@ -227,6 +231,12 @@ def test_changes_that_cannot_happen_are_refused_and_serving_goes_on(pools):
     (said, answer), (_, other) = pools(2).run(rank_refusals, timeout_s=60)
     assert "at least 4 slots, one for each expert; got 1 on ranks [0]" in said["few"]
     assert "members must be ranks in [0, 4), at least one; got (0, 9)" in said["range"]
+    assert (
+        "prepare: table must have 16 slots with experts below 4, on members only; got 16 slots, strays [8]"
+        in said["stray"]
+    )
+    assert "prepare: table must have 16 slots with experts below 4" in said["unknown"]
+    assert "an expert at most max_ranks = 4 slots; got 5 for expert 3" in said["crowded"]
     assert "one change may run at a time; got a second while one to ranks [0, 1, 3] by rank 0 runs" in said["second"]
     assert "ElasticError" in said["absent"] and "ranks [0, 1, 3] did not" in said["absent"]
     assert "one change may run at a time" in said["table"]

@@ -1,5 +1,6 @@
 """What can go wrong in a change, one thing at a time: the members go on, right in every row, and can change again."""
 
+import dataclasses
 import os
 import signal
 import threading
@@ -145,6 +146,55 @@ def test_a_preparation_that_fails_is_named(pools):
     assert [members for _, members, *_ in answer["history"]] == [(0, 1), (0,)]
 
 
+def rank_initializes(job, options):
+    """With `options` by rank. Why it was refused; who was not does a step."""
+    own = {"config": CONFIG, "num_experts": 4, "store": job.store, "init_timeout_s": 20} | options[job.rank]
+    try:
+        group = nx.initialize(rank=job.rank, **own)
+    except ValueError as error:
+        return str(error)
+    row = group.table[job.rank * CONFIG.experts_per_rank :][: CONFIG.experts_per_rank]
+    group.load(expert_weights(row))
+    assert group.step()
+    return ""
+
+
+MEMBER = {"members": [0, 1], "elastic": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "refused", "words"),
+    [
+        ([MEMBER, MEMBER | {"num_experts": 5}], [0, 1], "num_experts must be equal on every rank; got 4 on rank 0 and"),
+        ([MEMBER, {"members": [0, 1]}], [0, 1], "elastic must be equal on every rank; got True on rank 0 and False on"),
+        ([MEMBER] * 2 + [{"join": True, "num_experts": 5}], [2], "num_experts must be equal on every rank; got 5 on"),
+        ([MEMBER] * 2 + [{"join": True, "config": dataclasses.replace(CONFIG, hidden=32)}], [2],
+         "hidden must be equal on every rank; got 32 on rank 2 and 16 in the group"),
+        ([MEMBER | {"num_experts": 9}] * 2, [0, 1], "num_experts must be at most the 8 slots of 2 members; got 9"),
+    ],
+)  # fmt: skip
+def test_who_differs_is_told_in_what(pools, options, refused, words):
+    answers = pools(len(options)).run(rank_initializes, options, timeout_s=60)
+    assert [rank for rank, answer in enumerate(answers) if answer] == refused
+    assert words in answers[refused[0]]
+
+
+def rank_leaves(job):
+    """Rank 1 shuts its group down, unasked, and its process lives on. Seconds until the others go on without it."""
+    group = start(job, [0, 1, 2], timeout_s=60)
+    if job.rank == 1:
+        serve(group, lambda: group.elastic.boundary >= 3)
+        nx.shutdown()
+        return 0
+    _, times = serve(group, lambda: group.epoch and 1 not in group.members)
+    return np.diff([t for t, _ in times]).max()
+
+
+def test_a_rank_that_leaves_is_not_waited_for(pools):
+    gaps = pools(3).run(rank_leaves, timeout_s=90)
+    assert max(gaps) < 10, gaps
+
+
 def rank_newcomer_dies(job):
     """Rank 2, a newcomer, is ready and dies; rank 1 is not ready for long. What rank 0 was told."""
     group = start(job, [0, 1])
@@ -204,13 +254,15 @@ def test_a_group_without_work_changes(pools):
     assert first == [(0, 1), (0, 1), (0,)] and second == [(0, 1), (0, 1)]
 
 
-def rank_unrestorable(job):
-    """Half of the experts are only on rank 1, which dies; nobody can restore them."""
+def rank_unrestorable(job, broken):
+    """Half of the experts are only on rank 1, which dies; nobody can restore them, or plan where to (`broken`)."""
 
     def restore(ids):
         raise OSError(f"no checkpoint of {ids}")
 
     group = start(job, [0, 1], timeout_s=0.5, restore=restore)
+    if broken:
+        group.elastic._follower._rebalance = lambda: [][0]
     table = np.full(CONFIG.num_slots, -1)
     table[[0, 1, 4, 5]] = range(4)
 
@@ -238,8 +290,9 @@ def rank_unrestorable(job):
     return group.members, group.lost_experts
 
 
-def test_experts_that_cannot_be_restored_do_not_stop_the_group():
-    assert run_to_deaths(rank_unrestorable, num_ranks=2, dead={1})[0] == ((0,), [2, 3])
+@pytest.mark.parametrize("broken", [False, True])
+def test_experts_that_cannot_be_restored_do_not_stop_the_group(broken):
+    assert run_to_deaths(rank_unrestorable, broken, num_ranks=2, dead={1})[0] == ((0,), [2, 3])
 
 
 def rank_leader_dies(job):

@@ -14,6 +14,7 @@ from jax_nixlep.store import StoreError, connect
 from jax_nixlep.store.tcp import StoreServer
 
 TABLE = (0, 1, 0, 1, 0, 1, -1, -1)
+ABOUT = {"hidden": 8}
 
 
 class Unreliable:
@@ -49,7 +50,7 @@ def empty(store):
 
 def make_logs(store, count=3):
     first = Log(store, 0)
-    first.create(State(1, tuple(range(count)), TABLE, 2))
+    first.create(State(1, tuple(range(count)), TABLE, 2), ABOUT)
     made = [first] + [Log(store, rank) for rank in range(1, count)]
     for log in made:
         log.open(1)
@@ -178,11 +179,12 @@ def test_another_job_in_the_store(store):
     newcomer = Log(store, 3)
     newcomer.newcomer = True
     newcomer.open(1)
-    Log(store, 0).create(State(7, (0,), TABLE, 2))
+    Log(store, 0).create(State(7, (0,), TABLE, 2), {"hidden": 9})
     with pytest.raises(StoreError, match="must hold the group's log"):
         first.append(lambda s: {"kind": "suspect", "epoch": 1, "rank": 0, "ranks": []})
     look(newcomer)
     assert newcomer.state.epoch == 7 and first.state.epoch == 1
+    assert newcomer.about == {"hidden": 9} and first.about == ABOUT
 
 
 # --- At random: ranks that read late, die and meet faults, with the real log in a real store. ---
@@ -210,7 +212,7 @@ class Group(RuleBasedStateMachine):
         self.client.delete("")
         self.ranks = [Rank(self.client, rank) for rank in range(4)]
         first = State(1, (0, 1, 2), TABLE, 2)
-        self.ranks[0].log.create(first)
+        self.ranks[0].log.create(first, ABOUT)
         for rank in self.ranks:
             rank.log.newcomer = rank.rank == 3
             rank.log.open(1)

@@ -123,6 +123,10 @@ def test_a_failed_prepare_changes_nothing():
     group = nx.initialize(CONFIG, mesh=world, timeout_s=20)
     try:
         mesh = ElasticMesh(group, world, num_experts=EXPERTS, on_prepare=refuse)
+        with pytest.raises(ValueError, match=r"ElasticMesh.resize: table must have \d+ slots .* got 1 slots"):
+            mesh.resize([0, 1], table=[0])
+        with pytest.raises(ValueError, match=r"ElasticMesh.resize: table must have .* strays \[\d+"):
+            mesh.resize([0, 1], table=np.where(np.arange(len(mesh.table)) == 7, 0, -1))
         with pytest.raises(RuntimeError, match=r"not \(0, 1\)"):
             mesh.resize([0, 1])
         assert mesh.mesh is world and mesh.members == (0, 1, 2, 3) and group.epoch == 1

@@ -63,8 +63,7 @@ class Boundary:
         if self._shared.applied:
             self._look_back()
         while True:
-            if self._shared.failure is not None:
-                raise RuntimeError("step: the thread that follows the group's log failed") from self._shared.failure
+            self._shared.check("step")
             try:
                 todo, state = self._next()
                 if todo in ("go", "out"):
@@ -203,7 +202,8 @@ class Boundary:
             out = []
             for r in sorted(set(state.members) - recovery.arrived):
                 doubtful = r in recovery.suspects and not self._links.shows_death(r)
-                if not self._links.alive(r) or waited > (_GRACE_S if doubtful else patience_s):
+                gone = r in recovery.left or not self._links.alive(r)
+                if gone or waited > (_GRACE_S if doubtful else patience_s):
                     out.append(r)
             if out:
                 event = {"kind": "evict", "epoch": state.epoch, "rank": me, "ranks": out}

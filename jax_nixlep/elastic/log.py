@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from jax_nixlep.agreement import Described
 from jax_nixlep.elastic.protocol import State
 from jax_nixlep.store import Store, StoreError
 
@@ -33,6 +34,7 @@ class Log:
 
     Attributes:
       newcomer: this rank is no member yet, and follows whichever job has the store.
+      about: what all members have alike, as who started the log has it.
     """
 
     newcomer = False
@@ -44,6 +46,7 @@ class Log:
         self._next = 0
         self._job = ""  # a store may hold the log of an earlier job
         self._generation = 0
+        self.about: Described = {}
         self._state: State | None = None
         self._missed_since = 0.0
 
@@ -52,10 +55,10 @@ class Log:
         assert self._state is not None
         return self._state
 
-    def create(self, state: State) -> None:
+    def create(self, state: State, about: Described) -> None:
         """Starts the log anew. One rank, before the others open it."""
         self._store.delete(PREFIX)
-        self._next, self._state, self._job = 0, state, secrets.token_hex(8)
+        self._next, self._state, self._job, self.about = 0, state, secrets.token_hex(8), about
         self._store.put(_SNAPSHOT, self._snapshot())
 
     def open(self, timeout_s: float) -> None:
@@ -155,8 +158,8 @@ class Log:
     # --- Snapshots. ---
 
     def _snapshot(self) -> bytes:
-        content = {"index": self._next, "state": self.state.to_json(), "job": self._job, "generation": self._generation}
-        return json.dumps(content).encode()
+        job = {"job": self._job, "generation": self._generation, "about": self.about}
+        return json.dumps({"index": self._next, "state": self.state.to_json()} | job).encode()
 
     def _stored(self) -> dict[str, Any] | None:
         value = self._store.get(_SNAPSHOT)
@@ -164,7 +167,7 @@ class Log:
 
     def _load(self, snapshot: dict[str, Any]) -> None:
         self._next, self._job = int(snapshot["index"]), snapshot["job"]
-        self._generation = int(snapshot["generation"])
+        self._generation, self.about = int(snapshot["generation"]), snapshot.get("about", {})
         self._state = State.from_json(snapshot["state"])
         self._missed_since = 0.0
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jax_nixlep.elastic.state import Change, Switch
-from jax_nixlep.placement import Placement, identity_table, plan_table, table_placement
+from jax_nixlep.placement import Placement, check_table, identity_table, plan_table, table_placement
 
 if TYPE_CHECKING:
     from jax_nixlep.group import EpGroup
@@ -112,7 +112,7 @@ class ElasticMesh:
 
         Raises:
           RuntimeError: the group is elastic.
-          ValueError: members out of range, or with too few slots.
+          ValueError: members out of range, or with too few slots; a table that does not fit them.
           TimeoutError: names the processes that did not come.
         """
         if self._world is None:
@@ -126,7 +126,11 @@ class ElasticMesh:
         if table is None:
             even = np.ones(self._num_experts) if load is None else np.asarray(load)
             table = plan_table(wanted, config.experts_per_rank, self._table, even, **plan)
-        change = Change(secrets.token_hex(6), wanted, np.asarray(table, np.int32), float("inf"))
+        rows = np.asarray(table, np.int32)
+        check_table(
+            "ElasticMesh.resize", rows.tolist(), wanted, config.experts_per_rank, config.max_ranks, self._num_experts
+        )
+        change = Change(secrets.token_hex(6), wanted, rows, float("inf"))
         if self._on_prepare:
             self._on_prepare(change)
         began = time.monotonic()

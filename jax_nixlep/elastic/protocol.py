@@ -13,8 +13,9 @@ Resize.   begin    one change at a time; the second is ignored, and its caller s
                    waits. When all have arrived, and at that very entry, the next epoch begins: members, table and
                    weights switch together.
           abort    at any time before that (a deadline, a failed or dead joiner, the caller); the old epoch goes on.
-Loss.     suspect  by a rank whose operation failed or masked a peer. Aborts a change; all members stop and arrive.
-          evict    names members that did not arrive in time or are known dead.
+Loss.     suspect  by a rank whose operation failed or masked a peer. Aborts a change; all members stop and arrive. One
+                   that names itself leaves.
+          evict    names members that left, did not arrive in time or are known dead.
           When every member has arrived or is evicted, the next epoch begins with those that arrived. An evicted rank
           finds itself out, and may rejoin by a later change.
           forgo    experts that were lost do not come back in this epoch; serving goes on without.
@@ -63,6 +64,7 @@ class Recovery:
     """Members stop, to go on without some."""
 
     suspects: frozenset[int] = frozenset()
+    left: frozenset[int] = frozenset()  # those that said so themselves
     arrived: frozenset[int] = frozenset()
     evicted: frozenset[int] = frozenset()
 
@@ -199,8 +201,8 @@ def _arrive(state: State, event: Event) -> State:
 def _suspect(state: State, event: Event) -> State:
     if event["epoch"] != state.epoch or event["rank"] not in state.members:
         return state
-    old = state.recovery or Recovery()
-    recovery = dataclasses.replace(old, suspects=old.suspects | set(event["ranks"]) & set(state.members))
+    old, named = state.recovery or Recovery(), set(event["ranks"]) & set(state.members)
+    recovery = dataclasses.replace(old, suspects=old.suspects | named, left=old.left | named & {event["rank"]})
     aborted = (state.change.id, f"rank {event['rank']} lost a member") if state.change else state.aborted
     return dataclasses.replace(state, change=None, recovery=recovery, aborted=aborted)
 

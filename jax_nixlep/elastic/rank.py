@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jax_nixlep import _ffi
+from jax_nixlep.agreement import Described, check_alike
 from jax_nixlep.config import EpConfig
 from jax_nixlep.elastic.boundary import Boundary, check_joining, lost_experts
 from jax_nixlep.elastic.follower import Follower, leases
@@ -26,9 +27,10 @@ from jax_nixlep.elastic.preparation import Preparation
 from jax_nixlep.elastic.protocol import Running, State, first_state, running, unready, waits_for
 from jax_nixlep.elastic.state import Change, ElasticError, Held, Restore, Shared, Switch
 from jax_nixlep.elastic.weights import Tree, WeightSet, flatten, spec_of
-from jax_nixlep.placement import Placement, identity_table, plan_table, table_placement
+from jax_nixlep.placement import Placement, check_table, identity_table, plan_table, table_placement
 from jax_nixlep.store import StoreError, connect
 
+_ATTEMPTS = 8  # at a step, each after the loss of a member
 _STORE_TIMEOUT_S = 5.0  # short: a store that is away must not keep a rank from serving
 
 
@@ -42,6 +44,7 @@ class Elastic:
         config: EpConfig,
         rank: int,
         num_experts: int,
+        about: Described,
         *,
         secret: str | None,
         timeout_s: float,
@@ -56,7 +59,7 @@ class Elastic:
           StoreError: it is away or refuses the secret.
         """
         self._endpoint, self._config, self._rank = endpoint, config, rank
-        self._num_experts, self._join_timeout_s = num_experts, join_timeout_s
+        self._num_experts, self._join_timeout_s, self._about = num_experts, join_timeout_s, about
         self._restore, self._bytes_per_s = restore, bytes_per_s
         self._store = connect(url, secret=secret, timeout_s=_STORE_TIMEOUT_S)
         self._shared = Shared(num_experts)
@@ -110,7 +113,7 @@ class Elastic:
         """Starts the log as the lowest of the first members; before the others `open`."""
         per_rank = self._config.experts_per_rank
         table = identity_table(self._num_experts, members, per_rank, self._config.max_ranks)
-        self._log.create(first_state(members, tuple(map(int, table)), per_rank, self._join_timeout_s))
+        self._log.create(first_state(members, tuple(map(int, table)), per_rank, self._join_timeout_s), self._about)
 
     def open(self, nonces: Mapping[int, int], timeout_s: float) -> None:
         """As a first member, connected to the others, whose regions have these `nonces`."""
@@ -125,18 +128,13 @@ class Elastic:
         began, shared = time.monotonic(), self._shared
         self._log.newcomer = True
         self._log.open(self._join_timeout_s)
-        state = self._log.state
-        if len(state.table) != self._config.num_slots or max(state.table) >= self._num_experts:
-            raise ValueError(
-                f"initialize: config and num_experts must equal the group's; got {self._config.num_slots} slots and "
-                f"{self._num_experts} experts, the group has {len(state.table)} slots; start all with one config"
-            )
+        check_alike(self._about, self._rank, self._log.about, "in the group")
         self._endpoint.activate(0, [self._rank])  # programs run, compile and warm up, each rank alone
         self._follower.start()
         with shared.cond:
             while shared.staged is None:
-                if shared.failure is not None:
-                    raise RuntimeError("initialize: following the group's log failed") from shared.failure
+                shared.check("initialize")
+                check_alike(self._about, self._rank, self._log.about, "in the group")  # another job may have come
                 check_joining(self._log, self._rank, began, self._join_timeout_s)
                 shared.cond.wait(0.1)
 
@@ -265,12 +263,12 @@ class Elastic:
                 "raise EpConfig.max_ranks"
             )
         if table is None:
-            load = sum(
-                (np.asarray(lease["load"]) for lease in leases(self._store).values()), np.zeros(self._num_experts)
-            )
+            loads = [lease["load"] for rank, lease in leases(self._store).items() if rank in state.members]
+            load = np.sum(loads, axis=0) if loads else np.zeros(self._num_experts)
             table = plan_table(wanted, self._config.experts_per_rank, np.array(state.table), load, **plan)
         rows = tuple(int(e) for e in table)
-        self._check_table(wanted, rows)
+        config = self._config
+        check_table("prepare", rows, wanted, config.experts_per_rank, config.max_ranks, self._num_experts)
         name = secrets.token_hex(6)
         began = time.monotonic()
 
@@ -289,15 +287,6 @@ class Elastic:
                 f"prepare: one change may run at a time; got a second while one {running} runs; wait for it"
             )
         return Change(change.id, change.members, np.array(change.table, np.int32), began + deadline_s)
-
-    def _check_table(self, members: tuple[int, ...], table: tuple[int, ...]) -> None:
-        per_rank, served = self._config.experts_per_rank, {e for e in table if e >= 0}
-        stray = [slot for slot, e in enumerate(table) if e >= 0 and slot // per_rank not in members]
-        if len(table) != self._config.num_slots or stray or not served <= set(range(self._num_experts)):
-            raise ValueError(
-                f"prepare: table must have {self._config.num_slots} slots with experts below {self._num_experts}, on "
-                f"members only; got {len(table)} slots, strays {stray[:4]}; use -1 for empty slots"
-            )
 
     def commit(self, change: Change) -> None:
         shared = self._shared
@@ -349,9 +338,9 @@ class Elastic:
         return self._boundary.ok()
 
 
-def run(elastic: Elastic, program: Callable[..., Any], *args: Any, repeats: int = 8) -> Any:
+def run(elastic: Elastic, program: Callable[..., Any], *args: Any) -> Any:
     """See `EpGroup.run`."""
-    for attempt in range(repeats):
+    for attempt in range(_ATTEMPTS):
         if not elastic.step():
             raise ElasticError(
                 "run: this rank must be a member; it has left the group or was evicted; see EpGroup.rejoin"
@@ -360,11 +349,11 @@ def run(elastic: Elastic, program: Callable[..., Any], *args: Any, repeats: int 
         try:
             result = jax.block_until_ready(program(*args))
         except (jax.errors.JaxRuntimeError, ValueError):
-            if elastic.ok() or attempt + 1 == repeats:
+            if elastic.ok() or attempt + 1 == _ATTEMPTS:
                 raise  # not the group's doing, or nothing helps
             continue
         if elastic.ok() and elastic.epoch == before:
             return result
     raise ElasticError(
-        f"run: a step must complete within {repeats} attempts; got none; raise timeout_s if ranks are slow"
+        f"run: a step must complete within {_ATTEMPTS} attempts; got none; raise timeout_s if ranks are slow"
     )

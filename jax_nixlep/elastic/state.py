@@ -100,6 +100,16 @@ class Shared:
         self.set_up = threading.Event()  # `load` was called, or evidently will not be
         self.closing = threading.Event()
 
+    def check(self, op: str) -> None:
+        """
+        Raises:
+          RuntimeError: nobody follows the log any more.
+        """
+        if self.failure is not None:
+            raise RuntimeError(
+                f"{op}: the thread that follows the group's log must run; got its failure; restart this rank"
+            ) from self.failure
+
     def notify(self) -> None:
         with self.cond:
             self.cond.notify_all()
