@@ -18,25 +18,15 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from jax_nixlep import _host, _order
-from jax_nixlep._host import Endpoint, EpError, NixlError, Region, RegionAgent
+from jax_nixlep._host import Endpoint as Endpoint
+from jax_nixlep._host import EpError as EpError
+from jax_nixlep._host import NixlError as NixlError
+from jax_nixlep._host import Region as Region
+from jax_nixlep._host import RegionAgent as RegionAgent
 from jax_nixlep._vary import vary
 
 # Not built is one thing, and fine; built and broken is another, and its error is let through.
 _cuda = importlib.import_module("jax_nixlep._cuda") if importlib.util.find_spec("jax_nixlep._cuda") else None
-
-__all__ = [
-    "Endpoint",
-    "EpError",
-    "NixlError",
-    "Region",
-    "RegionAgent",
-    "attributes",
-    "call",
-    "cuda_built",
-    "make_endpoint",
-    "set_endpoint",
-    "shared_memory_allowed",
-]
 
 WIRE_VERSION: int = _host.WIRE_VERSION
 QUANT_BLOCK: int = _host.QUANT_BLOCK

@@ -44,7 +44,7 @@ def combine(
 
     Raises:
       ValueError, TypeError: at trace time.
-      jax.errors.JaxRuntimeError: when the program runs, as `dispatch`.
+      jax.errors.JaxRuntimeError, ValueError, NotImplementedError: as `dispatch`.
     """
     return combine_ordered(expert_out, handle, weights, config=config, after=after)[0]
 

@@ -78,22 +78,16 @@ def dispatch(
 
     Raises:
       ValueError, TypeError: at trace time, naming the argument, what it must be, what it is and what to do.
-      jax.errors.JaxRuntimeError: when the program runs: a peer that is late, dead or runs another operation is named.
+      jax.errors.JaxRuntimeError, or ValueError from jax's quick path: when the program runs: a peer that is late, dead
+        or runs another operation is named.
+      NotImplementedError: under vmap.
     """
     if _ffi.kernels() == "nixl_ep":
         check_dispatch(x, scales, expert_ids, weights, config, dequantize, recv_capacity)
         return packed.dispatch(x, scales, expert_ids, weights, config, after, dequantize, recv_capacity)
     spec, operands = dispatch_call(x, scales, expert_ids, weights, config, after, dequantize, recv_capacity)
-    out = _dispatch(spec, *operands)
-    tokens, row_scales, row_weights, group_sizes, demand, clean_ids, row_of, peers, dropped, invalid_ids, order = out
-    return Received(
-        tokens,
-        row_scales if row_scales.size else None,
-        group_sizes,
-        demand,
-        Handle(clean_ids, row_of, row_weights),
-        Status(peers, dropped, invalid_ids, order),
-    )
+    *rows, clean_ids, row_of, peers, dropped, invalid_ids, order = _dispatch(spec, *operands)
+    return received((*rows, row_of, peers, dropped, order), clean_ids, invalid_ids)
 
 
 def dispatch_call(x, scales, expert_ids, weights, config, after, dequantize, recv_capacity):
@@ -107,24 +101,42 @@ def dispatch_call(x, scales, expert_ids, weights, config, after, dequantize, rec
     return spec, (*operands, _order.edge(after))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dispatch(spec: OpSpec, x, scales, expert_ids, weights, after):
+def received_structs(spec: OpSpec) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What the receiving half of a dispatch returns."""
     config, rows = spec.config, spec.num_rows
     raw = config.token_wire == "fp8_e4m3" and not spec.dequantize
     f32, i32 = jnp.float32, jnp.int32
-    results = (
+    return (
         _ffi.struct((rows, config.hidden), jnp.float8_e4m3fn if raw else config.dtype),
         _ffi.struct((rows, config.hidden // _ffi.QUANT_BLOCK if raw else 0), config.scale_dtype),
         _ffi.struct((rows,), f32),  # row_weights
         _ffi.struct((config.experts_per_rank,), i32),  # group_sizes
         _ffi.struct((config.experts_per_rank,), i32),  # demand
-        _ffi.struct(expert_ids.shape, i32),  # clean ids
         _ffi.struct((config.max_ranks, config.max_tokens_per_rank, config.top_k), i32),  # row_of
         _ffi.struct((config.max_ranks,), i32),  # peers
         _ffi.struct((), i32),  # dropped
-        _ffi.struct((), i32),  # invalid_ids
         _ffi.struct((), f32),  # order
     )
+
+
+def received(results, clean_ids, invalid_ids) -> Received:
+    """Of the `results` that `received_structs` describes."""
+    tokens, scales, row_weights, group_sizes, demand, row_of, peers, dropped, order = results
+    return Received(
+        tokens,
+        scales if scales.size else None,
+        group_sizes,
+        demand,
+        Handle(clean_ids, row_of, row_weights),
+        Status(peers, dropped, invalid_ids, order),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch(spec: OpSpec, x, scales, expert_ids, weights, after):
+    *rows, row_of, peers, dropped, order = received_structs(spec)
+    clean_ids, invalid_ids = _ffi.struct(expert_ids.shape, jnp.int32), _ffi.struct((), jnp.int32)
+    results = (*rows, clean_ids, row_of, peers, dropped, invalid_ids, order)
     return tuple(_ffi.call("dispatch", results, x, scales, expert_ids, weights, after, **spec.attributes()))
 
 

@@ -11,7 +11,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -19,25 +19,33 @@ import numpy as np
 from jax_nixlep import _ffi
 from jax_nixlep import store as stores
 from jax_nixlep.agreement import Described, described
-from jax_nixlep.nixl_ep import setup as nixl_ep
-from jax_nixlep.store.tcp import StoreServer
-
-if TYPE_CHECKING:
-    from jax_nixlep.launch import RankEnv
 from jax_nixlep.config import EpConfig
 from jax_nixlep.elastic import Change, Elastic, Restore
 from jax_nixlep.elastic import run as run_steps
+from jax_nixlep.nixl_ep import setup as nixl_ep
 from jax_nixlep.placement import Placement, check_experts, identity_placement
+from jax_nixlep.rank_env import rank_env
 from jax_nixlep.rendezvous import Rendezvous, Seat
+from jax_nixlep.store.tcp import StoreServer
 
 
 @dataclasses.dataclass(frozen=True)
 class PeerHealth:
-    """What one rank counted about one peer since `initialize`."""
+    """What one rank counted about one peer since `initialize`.
+
+    Attributes:
+      member: it takes part in this epoch.
+      masked: it was given up.
+      path: "self", "shared memory" or "nixl" on CPU, "pointer" or "put" on GPU, or "none".
+      bytes_out: pushed to it; nothing where it pulls.
+      bytes_in: pulled from it, or read from what it pushed.
+      wait_s: seconds that operations waited for it.
+      timeouts: how often it was given up: late, dead or failed.
+    """
 
     member: bool
     masked: bool
-    path: str  # "self", "shared memory" or "nixl" on CPU, "pointer" or "put" on GPU, or "none"
+    path: str
     bytes_out: int
     bytes_in: int
     wait_s: float
@@ -207,6 +215,7 @@ class EpGroup:
         Raises:
           TimeoutError: a joining rank was not taken in.
           StoreError: a member was lost and the store is away.
+          RuntimeError: the thread that follows the group's log failed.
         """
         return self.elastic.step()
 
@@ -396,10 +405,11 @@ def initialize(
 
     Raises:
       ValueError: an argument, or one that differs between members, is wrong; names it and the values.
-      RuntimeError: already initialized.
+      RuntimeError: already initialized; a member failed, says which and why; no operations for this platform.
       TimeoutError: names the ranks that did not arrive.
       jax_nixlep.store.StoreError: the store cannot be reached, refuses the secret, or its port is taken.
       NixlError: nixl is needed to reach a member and is missing, too old or broken.
+      ImportError: kernels="nixl_ep" without torch, or with a nixl that was not built for it.
     """
     global _group
     with _lifecycle:
@@ -499,7 +509,7 @@ def initialize(
             elif url is None:
                 group._activate()
             else:
-                serve = mesh is None and not join and seats[0].rank == group._members[0] and _launched() is None
+                serve = mesh is None and not join and seats[0].rank == group._members[0] and rank_env() is None
                 group._open(url, serve, secret, init_timeout_s, make_elastic, about)
         except BaseException:
             group._close()
@@ -532,12 +542,6 @@ atexit.register(shutdown)
 # --- Where ranks come from. ---
 
 
-def _launched() -> RankEnv | None:
-    from jax_nixlep.launch import rank_env  # here, so that `python -m jax_nixlep.launch` does not find it imported
-
-    return rank_env()
-
-
 def _check_ranks(config: EpConfig, ranks: Sequence[int], own: Sequence[int]) -> None:
     bad = [r for r in ranks if not 0 <= r < config.max_ranks]
     if bad or len(set(ranks)) != len(ranks):
@@ -562,7 +566,7 @@ def _member_places(
     elastic: bool,
     join: bool,
 ) -> tuple[list[tuple[jax.Device, str, int]], list[int], str | None, str | None]:
-    env = _launched()
+    env = rank_env()
     if env is not None:
         rank = env.rank if rank is None else rank
         members = range(env.num_ranks) if members is None else members
@@ -613,7 +617,7 @@ def _mesh_store(
     url: str | None, secret: str | None, number: int, timeout_s: float
 ) -> tuple[str | None, str | None, StoreServer | None]:
     """The store of a mesh's processes: the given one, the launcher's, or one that process 0 serves."""
-    env = _launched()
+    env = rank_env()
     if url is None and env is not None:
         url = env.store
     if url is not None:

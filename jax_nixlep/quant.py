@@ -48,7 +48,7 @@ def quantize(x: jax.Array, *, scale_format: ScaleFormat, round_scale: bool) -> t
     scale_inv = amax * np.float32(1 / E4M3_MAX)
     if round_scale:
         bits = lax.bitcast_convert_type(scale_inv, jnp.uint32)
-        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)  # biased by 127; amax is never subnormal
+        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)  # biased by 127; scale_inv is never subnormal
         scale_inv = lax.bitcast_convert_type(exponent << 23, jnp.float32)
         scale = lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
     else:

@@ -187,7 +187,10 @@ def _deliver_fwd(config: EpConfig, axis: Axis, dequantize: bool, rows: int, x: j
 
 def _deliver_bwd(config: EpConfig, axis: Axis, dequantize: bool, rows: int, row_of: jax.Array, grads: Any) -> Any:
     if not dequantize:
-        raise ValueError("dispatch: dequantize must be True to differentiate in x; got False; leave it True to train")
+        raise TypeError(
+            "dispatch: dequantize must be True for a gradient; got False; "
+            "dequantize in dispatch, or stop the gradient of its results"
+        )
     return _sum_to_tokens(config, axis, grads[0], jnp.ones(rows, jnp.float32), row_of), None
 
 

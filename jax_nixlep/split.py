@@ -18,8 +18,8 @@ from jax_nixlep import _ffi, _order
 from jax_nixlep._check import check_combine
 from jax_nixlep._vary import vary
 from jax_nixlep.config import EpConfig
-from jax_nixlep.dispatch import OpSpec, dispatch_call
-from jax_nixlep.routing import Handle, Received, Status
+from jax_nixlep.dispatch import OpSpec, dispatch_call, received, received_structs
+from jax_nixlep.routing import Handle, Received
 
 
 @functools.partial(
@@ -80,31 +80,9 @@ def dispatch_start(
 
 def dispatch_finish(pending: PendingDispatch, *, after: jax.Array | None = None) -> Received:
     """The receiving half: what `dispatch` returns. Collective: every member must call."""
-    spec, config = pending.spec, pending.spec.config
-    quantized = config.token_wire == "fp8_e4m3" and not spec.dequantize
-    i32 = jnp.int32
-    results = (
-        _ffi.struct((spec.num_rows, config.hidden), jnp.float8_e4m3fn if quantized else config.dtype),
-        _ffi.struct((spec.num_rows, config.hidden // _ffi.QUANT_BLOCK if quantized else 0), config.scale_dtype),
-        _ffi.struct((spec.num_rows,), jnp.float32),  # row_weights
-        _ffi.struct((config.experts_per_rank,), i32),  # group_sizes
-        _ffi.struct((config.experts_per_rank,), i32),  # demand
-        _ffi.struct((config.max_ranks, config.max_tokens_per_rank, config.top_k), i32),  # row_of
-        _ffi.struct((config.max_ranks,), i32),  # peers
-        _ffi.struct((), i32),  # dropped
-        _ffi.struct((), jnp.float32),  # order
-    )
-    operands = (pending.ticket, _order.edge(after))
-    out = _ffi.call("dispatch_finish", results, *operands, **spec.attributes())
-    tokens, scales, row_weights, group_sizes, demand, row_of, peers, dropped, order = out
-    return Received(
-        tokens,
-        scales if scales.size else None,
-        group_sizes,
-        demand,
-        Handle(pending.clean_ids, row_of, row_weights),
-        Status(peers, dropped, pending.invalid_ids, order),
-    )
+    spec, operands = pending.spec, (pending.ticket, _order.edge(after))
+    out = _ffi.call("dispatch_finish", received_structs(spec), *operands, **spec.attributes())
+    return received(out, pending.clean_ids, pending.invalid_ids)
 
 
 def combine_start(

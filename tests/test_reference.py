@@ -469,7 +469,7 @@ def test_refuses_gradients_of_quantised_tokens():
         received = call_dispatch(x, config=config, dequantize=False)
         return (received.tokens.astype(jnp.float32).sum() + received.scales.sum()).sum()
 
-    with pytest.raises(ValueError, match="dispatch: dequantize must be True to differentiate in x; got False"):
+    with pytest.raises(TypeError, match="dispatch: dequantize must be True for a gradient; got False"):
         jax.grad(loss)(jnp.ones((5, 128)))
 
 

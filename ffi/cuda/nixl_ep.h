@@ -1,6 +1,6 @@
 // NVIDIA's own NIXL-EP kernels, called in the library that the nixl wheel brings for torch. What is known about them
 // is here: the symbols, the context they read, where they expect things in memory (read from nixl 1.4.1 and 1.5.1;
-// Activate and the self-test in nixl_ep.py find out when it is no longer so). Knows no XLA, no Python and no torch.
+// Activate and the self-test in jax_nixlep/nixl_ep find out when it is no longer so). Knows no XLA, Python or torch.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -55,7 +55,7 @@ struct Geometry {
   bool operator==(const Geometry&) const = default;
 };
 
-// Why an endpoint stopped; see CudaEndpoint::Failure for the words.
+// Why an endpoint stopped; the words are in failures.cc.
 enum class Failure : uint32_t {
   kNone = 0,
   kTimedOut,     // a peer did not arrive, and late peers end the operation

@@ -6,6 +6,7 @@ rank.py         one rank: what its user calls
 boundary.py     between two steps: stop, switch, go on
 follower.py     the thread that follows the log
 preparation.py  connecting, and filling new slots, while all serve
+state.py        what the threads of a rank share, and tell its user
 links.py        the ranks this one is connected to        weights.py  weights that other ranks can read
 mesh.py         `ElasticMesh`: the mesh and the placement of a model, from membership to membership
 """

@@ -119,7 +119,9 @@ class Preparation:
         own: dict[str, Any] | None = None
         if me in state.members:
             if not self._shared.set_up.wait(max(0.0, self.deadline - time.monotonic())):
-                raise TimeoutError("load() was not called")
+                raise TimeoutError(
+                    "load: every first member must call it before a change; got no call; call group.load"
+                )
             own, held = {"experts": None}, self._shared.held
             if held.experts is not None and held.dense is not None:
                 nixl = num_hosts > 1 or not _ffi.shared_memory_allowed()

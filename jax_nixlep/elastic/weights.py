@@ -72,7 +72,7 @@ class Pace:
         """
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError("moving weights took longer than the deadline; raise deadline_s, or the rate")
+            raise TimeoutError("weights: must move within deadline_s; got no end; raise it, or move_bytes_per_s")
         if self._cancelled():
             raise InterruptedError("the change was given up while weights moved")
         return left
