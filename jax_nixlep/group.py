@@ -257,6 +257,23 @@ class EpGroup:
             peers=peers,
         )
 
+    def misplaced(self, mesh: jax.sharding.Mesh, axis: str | tuple[str, ...]) -> str:
+        """Which local device of `mesh` is not where the group has it, "" for none: ranks must come in the group's order
+        along `axis`, and ranks of one group at one place of the other axes. The mesh may lack members."""
+        seats = {seat.device: seat for seat in self._seats}
+        places = sorted(_mesh_places(mesh, axis)[0], key=lambda place: place[1:])
+        teams: dict[str, str] = {}
+        last: tuple[str, int] = ("", -1)
+        for device, team, position in places:
+            seat = seats.get(device)
+            if seat is None:
+                return f"{device}, which is in no group"
+            if teams.setdefault(team, seat.team) != seat.team or (team == last[0] and seat.rank <= last[1]):
+                return f"{device} at {position} of {team or 'the mesh'}, rank {seat.rank} of {seat.team or 'its group'}"
+            last = (team, seat.rank)
+        doubled = len(set(teams.values())) < len(teams)
+        return f"{len(teams)} groups of ranks, where there are {len(set(teams.values()))}" if doubled else ""
+
     def _open(
         self,
         url: str,
@@ -340,6 +357,11 @@ def current_group() -> EpGroup:
     """
     if _group is None:
         raise RuntimeError("jax_nixlep: a group must exist; got none; call jax_nixlep.initialize first")
+    return _group
+
+
+def joined() -> EpGroup | None:
+    """The group of this process, if there is one."""
     return _group
 
 

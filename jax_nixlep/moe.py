@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_nixlep import _order, reference
@@ -17,6 +18,7 @@ from jax_nixlep.combine import combine_ordered
 from jax_nixlep.config import EpConfig
 from jax_nixlep.dispatch import dispatch
 from jax_nixlep.experts import grouped_mlp
+from jax_nixlep.group import EpGroup, joined
 from jax_nixlep.placement import Placement, identity_placement, to_slots
 from jax_nixlep.router import Router, route
 
@@ -105,7 +107,10 @@ def nixlep_moe(
       ValueError, TypeError: at trace time; see also `dispatch`.
     """
     names = (axis,) if isinstance(axis, str) else tuple(axis)
-    _check(x, params, config, router, names, mesh, backend, chunk_tokens, tensor_axis)
+    tokens = token_axes or tuple(name for name in (mesh.axis_names if mesh else ()) if name != tensor_axis)
+    _check(x, params, config, router, placement, names, mesh, tokens, backend, chunk_tokens)
+    if backend == "native" and (group := joined()):
+        _check_group(group, config, router, placement, names, mesh)
     if placement is None:
         members = range(math.ceil(router.num_experts / config.experts_per_rank))
         placement = identity_placement(router.num_experts, members, config.experts_per_rank)
@@ -120,24 +125,30 @@ def nixlep_moe(
         recv_capacity=recv_capacity,
         backend=backend,
     )
-    mask = jnp.ones(x.shape[:-1], bool) if token_mask is None else token_mask
     if token_mask is not None:
         x = jnp.where(token_mask[..., None], x, 0)  # padding may be NaN, and 0 * NaN in a gradient is NaN
     if mesh is None:
-        return layer(x, mask, dict(params), placement, after, token_axes=token_axes or ())
+        return layer(x, token_mask, dict(params), placement, after, token_axes=tokens)
 
-    tokens = token_axes or tuple(name for name in mesh.axis_names if name != tensor_axis)
     spread = P(tokens)
     everywhere = tuple(mesh.axis_names)
     aux_specs: Any = (*[P()] * 5, P(everywhere))
     after_spec = P(everywhere) if after is not None and after.shape == (mesh.size,) else spread
+    specs = (spread, spread, _param_specs(params, names, tensor_axis), P(), after_spec)
+    operands = (x, token_mask, dict(params), placement, after)
+    if jax.sharding.AxisType.Explicit in mesh.axis_types:  # there a sharding is part of the type, and has to fit
+
+        def fit(spec: P, values: Any) -> Any:
+            return jax.tree.map(lambda value: jax.sharding.reshard(value, NamedSharding(mesh, spec)), values)
+
+        operands = jax.tree.map(fit, specs, operands)
     mapped = jax.shard_map(
         functools.partial(layer, token_axes=tokens),
         mesh=mesh,
-        in_specs=(spread, spread, _param_specs(params, names, tensor_axis), P(), after_spec),
+        in_specs=specs,
         out_specs=(spread, MoeAux(*aux_specs)),
     )
-    return mapped(x, mask, dict(params), placement, after)
+    return mapped(*operands)
 
 
 def param_specs(params: Params, axis: str | tuple[str, ...] = "ep", tensor_axis: str | None = None) -> dict[str, P]:
@@ -178,6 +189,7 @@ def _layer(
     backend,
 ):
     """The layer on one rank's tokens [..., H]."""
+    mask = jnp.ones(x.shape[:-1], bool) if mask is None else mask
     tokens, mask = vary_alike(x.reshape(-1, x.shape[-1]), mask.reshape(-1))
     with jax.named_scope("jax_nixlep.route"):
         logits = tokens.astype(jnp.float32) @ params["gate"].astype(jnp.float32)
@@ -265,11 +277,12 @@ def _shared_expert(x, params, activation):
     return grouped_mlp(x, sizes, *stacked, activation=activation)
 
 
-def _check(x, params, config, router, axes, mesh, backend, chunk_tokens, tensor_axis) -> None:
-    def require(ok: bool, name: str, must: str, got: object, remedy: str) -> None:
-        if not ok:
-            raise ValueError(f"nixlep_moe: {name} must {must}; got {got}; {remedy}")
+def require(ok: bool, name: str, must: str, got: object, remedy: str) -> None:
+    if not ok:
+        raise ValueError(f"nixlep_moe: {name} must {must}; got {got}; {remedy}")
 
+
+def _check(x, params, config, router, placement, axes, mesh, token_axes, backend, chunk_tokens) -> None:
     require(backend in ("native", "xla"), "backend", 'be "native" or "xla"', repr(backend), "choose one of the two")
     require(
         router.top_k == config.top_k,
@@ -289,23 +302,42 @@ def _check(x, params, config, router, axes, mesh, backend, chunk_tokens, tensor_
     require(
         params["gate"].shape == shape, 'params["gate"]', f"be {shape}", params["gate"].shape, "transpose or resize it"
     )
-    slots = config.experts_per_rank
-    if mesh is not None:
-        for name in axes:
+    if placement is not None:
+        got = placement.counts.shape[0]
+        require(got == router.num_experts, "placement", f"be of {router.num_experts} experts", got, "make them equal")
+    slots, remedy = config.experts_per_rank, "stack one expert per slot"
+    if mesh is None:
+        remedy += ", or pass mesh= with arrays of all ranks"
+    else:
+        for name in (*axes, *token_axes):
             require(
                 name in mesh.axis_names, "axis", f"name axes of the mesh {mesh.axis_names}", name, "rename one of them"
             )
+        parts = math.prod(mesh.shape[name] for name in token_axes)
+        require(
+            x.shape[0] % parts == 0,
+            "x",
+            f"have a first axis that can be cut in {parts}, for the mesh axes {token_axes}",
+            x.shape,
+            "flatten batch and sequence, or fill up with tokens of token_mask False",
+        )
         ranks = math.prod(mesh.shape[name] for name in axes)
         require(
             ranks <= config.max_ranks, "mesh", f"have at most max_ranks = {config.max_ranks} ranks", ranks, "raise it"
         )
         slots *= ranks
+        if placement is None:
+            require(
+                router.num_experts <= slots,
+                "router.num_experts",
+                f"be at most the {slots} slots of {ranks} ranks",
+                router.num_experts,
+                "raise experts_per_rank",
+            )
     for name in _EXPERT_PARAMS:
         if name in params:
             got = params[name].shape
-            require(
-                got[0] == slots, f"params[{name!r}]", f"have {slots} slots in front", got, "stack one expert per slot"
-            )
+            require(got[0] == slots, f"params[{name!r}]", f"have {slots} slots in front", got, remedy)
     if chunk_tokens is not None:
         require(
             0 < chunk_tokens <= config.max_tokens_per_rank,
@@ -313,4 +345,23 @@ def _check(x, params, config, router, axes, mesh, backend, chunk_tokens, tensor_
             f"be in [1, {config.max_tokens_per_rank}]",
             chunk_tokens,
             "raise max_tokens_per_rank",
+        )
+
+
+def _check_group(group: EpGroup, config, router, placement, axes, mesh) -> None:
+    """Whether the group that this process has joined is the one that the arguments speak of."""
+    for name in ("max_ranks", "experts_per_rank", "max_tokens_per_rank", "hidden", "top_k"):
+        own, theirs = getattr(config, name), getattr(group.config, name)
+        require(own == theirs, f"config.{name}", f"be the group's {theirs}", own, "pass the config given to initialize")
+    if mesh is not None:
+        where = group.misplaced(mesh, axes)
+        require(not where, "mesh", f"place devices along {axes} as the mesh of the group", where, "pass that mesh")
+    elif placement is None and not jax.sharding.get_abstract_mesh().manual_axes and not group.is_elastic:
+        ranks = math.ceil(router.num_experts / config.experts_per_rank)
+        require(
+            set(range(ranks)) <= set(group.members),
+            "router.num_experts",
+            f"have slots on the ranks {list(group.members)}, from rank 0 on",
+            f"{router.num_experts}, {config.experts_per_rank} for each rank",
+            "raise experts_per_rank, or pass a placement",
         )

@@ -1,5 +1,6 @@
 """The layer: independent processes, meshes of one process, and a jax.distributed mesh over four."""
 
+import dataclasses
 import functools
 import re
 import subprocess
@@ -114,10 +115,12 @@ def test_independent_processes(pools, num_ranks, transport, biases, chunk_tokens
 # --- Meshes. ---
 
 
-def mesh_job(shape, names, chunks=False, **options):
+def mesh_job(shape, names, chunks=False, explicit=False, **options):
     """In a process with 8 fake devices: the native layer must equal plain JAX collectives and the dense formula."""
     tensor_axis = "tp" if "tp" in names else None
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), names)
+    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    devices = np.array(jax.devices()[: np.prod(shape)]).reshape(shape)
+    mesh = jax.sharding.Mesh(devices, names, axis_types=(kind,) * len(names))
     config = make_config(mesh.shape["ep"], **options.pop("config", {}))
     group = nx.initialize(config, mesh=mesh, axis="ep", timeout_s=30)
     params, x = make_params(biases=True), make_tokens()
@@ -159,11 +162,62 @@ def mesh_job(shape, names, chunks=False, **options):
         ((2, 2), ("ep", "tp"), {"chunks": True}),
         ((1, 2), ("dp", "ep"), {"config": {"wire": "bf16"}}),
         ((2, 2), ("pp", "ep"), {"token_axes": ("ep",)}),
+        ((2, 2), ("dp", "ep"), {"explicit": True}),
     ],
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else None,
 )
 def test_mesh_of_one_process(on_fake_devices, shape, names, options):
     on_fake_devices(mesh_job, shape, names, **options)
+
+
+def other_mesh_job():
+    """The group is of 2 x 2 devices, the last axis the experts'; layers speak of other meshes, configs and experts."""
+    devices = np.array(jax.devices()[:4]).reshape(2, 2)
+    config = make_config(4, experts_per_rank=4)
+    mesh = jax.sharding.Mesh(devices, ("dp", "ep"))
+    nx.initialize(config, mesh=mesh, timeout_s=30)
+    params, x = make_params(), make_tokens()
+
+    def layer(mesh=mesh, config=config, router=ROUTER, x=x, **options):
+        y, _ = nx.nixlep_moe(x, params, config=config, router=router, mesh=mesh, **options)
+        np.testing.assert_allclose(y.reshape(-1, HIDDEN), dense(x.reshape(-1, HIDDEN), params)[0], rtol=2e-5, atol=1e-5)
+
+    layer()
+    layer(jax.sharding.Mesh(devices, ("data", "expert")), axis="expert")  # the same by other names
+    layer(jax.sharding.Mesh(devices.T, ("ep", "dp")))
+    layer(jax.sharding.Mesh(devices, ("ep", "dp")), backend="xla")  # needs no group
+    for wrong, words in (
+        ({"mesh": jax.sharding.Mesh(devices, ("ep", "dp"))}, "mesh must place devices along ('ep',) as the mesh"),
+        ({"mesh": jax.sharding.Mesh(devices[:, ::-1], ("dp", "ep"))}, "at 1 of dp=0, rank 0 of dp=0"),
+        ({"mesh": jax.sharding.Mesh(np.array(jax.devices()[4:]).reshape(2, 2), ("dp", "ep"))}, "which is in no group"),
+        ({"config": dataclasses.replace(config, max_tokens_per_rank=8)}, "config.max_tokens_per_rank must be"),
+        ({"x": x[:6]}, "x must have a first axis that can be cut in 4, for the mesh axes ('dp', 'ep'); got (6,"),
+        ({"placement": identity_placement(7, [0, 1], 4)}, "placement must be of 8 experts; got 7"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError) as caught:
+            layer(**wrong)
+        assert words in str(caught.value)
+    nx.shutdown()
+
+
+def test_a_layer_of_another_mesh_than_the_groups(on_fake_devices):
+    on_fake_devices(other_mesh_job)
+
+
+def rank_with_few_slots(job):
+    config = make_config(4, experts_per_rank=2)
+    job.initialize(config)
+    params = make_params() | {"gate": np.zeros((HIDDEN, 16), np.float32)}
+    mine = {name: value[:2] if name in ("wi_0", "wi_1", "wo") else value for name, value in params.items()}
+    router = nx.Router(num_experts=16, top_k=2)
+    with pytest.raises(
+        ValueError, match=r"num_experts must have slots on the ranks \[0, 1\], from rank 0 on; got 16, 2"
+    ):
+        nx.nixlep_moe(np.zeros((4, HIDDEN), np.float32), mine, config=config, router=router)
+
+
+def test_more_experts_than_the_members_have_slots(pools):
+    pools(2).run(rank_with_few_slots)
 
 
 def own_shard_map_job():
@@ -290,13 +344,14 @@ def test_distributed_mesh():
         ({"gate": np.zeros((32, 4), np.float32)}, 'params["gate"] must be (32, 8); got (32, 4)'),
         ({"wi_0": np.zeros((2, 32, 16), np.float32)}, "params['wi_0'] must have 8 slots in front; got (2, 32, 16)"),
         ({"wi_2": np.zeros((8, 32, 16), np.float32)}, "params must only contain"),
+        ({"wo": np.zeros((2, 16, 32), np.float32)}, "got (2, 16, 32); stack one expert per slot, or pass mesh="),
         ({"chunk_tokens": 17}, "chunk_tokens must be in [1, 16]; got 17"),
     ],
 )
 def test_layer_refuses(changes, words):
     options = {"config": make_config(1), "router": ROUTER} | changes
     x = options.pop("x", np.zeros((4, HIDDEN), np.float32))
-    arrays = {name: options.pop(name) for name in list(options) if name in ("gate", "wi_0", "wi_2")}
+    arrays = {name: options.pop(name) for name in list(options) if name in ("gate", "wi_0", "wi_2", "wo")}
     with pytest.raises(ValueError) as caught:
         nx.nixlep_moe(x, make_params() | arrays, **options)
     assert words in str(caught.value)
