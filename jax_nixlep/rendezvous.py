@@ -125,7 +125,7 @@ class Rendezvous:
                 published[seat] = hello
             alive = {r: h for r, h in hellos.items() if h["seen"].get(str(seat.rank)) == address["nonce"]}
             for peer, theirs in alive.items():
-                check_alike(self._about, seat.rank, theirs["about"], f"on rank {peer}")
+                check_alike(self._about, seat.rank, theirs.get("about", {}), f"on rank {peer}")
             keys = [str(r) for r in self._members]
             nonces = [seen.get(key) for key in keys]
             absent = [r for r in self._members if r not in alive or [alive[r]["seen"].get(k) for k in keys] != nonces]
