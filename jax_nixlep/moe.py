@@ -306,8 +306,12 @@ def _check(x, params, config, router, placement, axes, mesh, token_axes, backend
         got = placement.counts.shape[0]
         require(got == router.num_experts, "placement", f"be of {router.num_experts} experts", got, "make them equal")
     slots, remedy = config.experts_per_rank, "stack one expert per slot"
+    ranks = 0  # not known, in a process that is a rank by itself
     if mesh is None:
         remedy += ", or pass mesh= with arrays of all ranks"
+        around = jax.sharding.get_abstract_mesh()
+        if set(axes) <= set(around.manual_axes):
+            ranks = math.prod(around.shape[name] for name in axes)
     else:
         for name in (*axes, *token_axes):
             require(
@@ -326,14 +330,14 @@ def _check(x, params, config, router, placement, axes, mesh, token_axes, backend
             ranks <= config.max_ranks, "mesh", f"have at most max_ranks = {config.max_ranks} ranks", ranks, "raise it"
         )
         slots *= ranks
-        if placement is None:
-            require(
-                router.num_experts <= slots,
-                "router.num_experts",
-                f"be at most the {slots} slots of {ranks} ranks",
-                router.num_experts,
-                "raise experts_per_rank",
-            )
+    if placement is None and ranks:
+        require(
+            router.num_experts <= ranks * config.experts_per_rank,
+            "router.num_experts",
+            f"be at most the {ranks * config.experts_per_rank} slots of {ranks} ranks",
+            router.num_experts,
+            "raise experts_per_rank",
+        )
     for name in _EXPERT_PARAMS:
         if name in params:
             got = params[name].shape
