@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import itertools
-import json
-import math
-import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -26,6 +22,7 @@ from jax_nixlep.nixl_ep import setup as nixl_ep
 from jax_nixlep.placement import Placement, check_experts, identity_placement
 from jax_nixlep.rank_env import rank_env
 from jax_nixlep.rendezvous import Rendezvous, Seat
+from jax_nixlep.seating import check_ranks, member_places, mesh_numbers, mesh_places, mesh_store, misplaced
 from jax_nixlep.store.tcp import StoreServer
 
 
@@ -258,21 +255,8 @@ class EpGroup:
         )
 
     def misplaced(self, mesh: jax.sharding.Mesh, axis: str | tuple[str, ...]) -> str:
-        """Which local device of `mesh` is not where the group has it, "" for none: ranks must come in the group's order
-        along `axis`, and ranks of one group at one place of the other axes. The mesh may lack members."""
-        seats = {seat.device: seat for seat in self._seats}
-        places = sorted(_mesh_places(mesh, axis)[0], key=lambda place: place[1:])
-        teams: dict[str, str] = {}
-        last: tuple[str, int] = ("", -1)
-        for device, team, position in places:
-            seat = seats.get(device)
-            if seat is None:
-                return f"{device}, which is in no group"
-            if teams.setdefault(team, seat.team) != seat.team or (team == last[0] and seat.rank <= last[1]):
-                return f"{device} at {position} of {team or 'the mesh'}, rank {seat.rank} of {seat.team or 'its group'}"
-            last = (team, seat.rank)
-        doubled = len(set(teams.values())) < len(teams)
-        return f"{len(teams)} groups of ranks, where there are {len(set(teams.values()))}" if doubled else ""
+        """See `seating.misplaced`, for the devices of this process in the group."""
+        return misplaced({seat.device: seat for seat in self._seats}, mesh, axis)
 
     def _open(
         self,
@@ -465,15 +449,22 @@ def initialize(
         if elastic and mesh is not None:
             raise ValueError("initialize: elastic must be False with a mesh, whose ranks are fixed; got True; drop one")
         if mesh is not None:
-            number = next(_mesh_groups)
+            number = next(mesh_numbers)
             if rank is not None or members is not None:
                 raise ValueError("initialize: mesh= must come without rank= and members=; got both; drop one side")
-            places, size = _mesh_places(mesh, axis)
+            places, size = mesh_places(mesh, axis)
             ranks: Sequence[int] = range(size)
             url = None
         else:
-            places, ranks, url, secret = _member_places(rank, members, store, secret, elastic, join)
-        _check_ranks(config, ranks, [place[2] for place in places])
+            places, ranks, url, secret = member_places(rank, members, store, secret, elastic, join)
+        check_ranks(config, ranks, [place[2] for place in places])
+        if elastic:
+            if num_experts is None:
+                if join:
+                    raise ValueError("initialize: num_experts must be given to join; got None; pass the group's")
+                num_experts = len(ranks) * config.experts_per_rank
+            if not join:
+                check_experts("initialize", num_experts, ranks, config.experts_per_rank)
         if kernels == "nixl_ep" and len({team for _, team, _ in places}) < len(places):
             raise ValueError(
                 f'initialize: mesh must have one device of each process along {axis!r} with kernels="nixl_ep", since '
@@ -499,25 +490,19 @@ def initialize(
         seats = [Seat(device, team, r, make_endpoint(device, r)) for device, team, r in places]
         group = EpGroup(config, [] if join else ranks, seats)
         make_elastic: Callable[[], Elastic] | None = None
-        about = described(config, kernels=kernels, elastic=elastic)
+        about = described(config, kernels=kernels, elastic=elastic, num_experts=num_experts)
         try:
             if mesh is not None:
-                url, secret, group._server = _mesh_store(store, secret, number, init_timeout_s)
+                url, secret, group._server = mesh_store(store, secret, number, init_timeout_s)
             if elastic:
-                assert url is not None
-                if num_experts is None and join:
-                    raise ValueError("initialize: num_experts must be given to join; got None; pass the group's")
-                experts = len(ranks) * config.experts_per_rank if num_experts is None else num_experts
-                if not join:
-                    check_experts("initialize", experts, ranks, config.experts_per_rank)
-                about["num_experts"] = experts
+                assert url is not None and num_experts is not None
                 make_elastic = partial(
                     Elastic,
                     url,
                     seats[0].endpoint,
                     config,
                     seats[0].rank,
-                    experts,
+                    num_experts,
                     about,
                     secret=secret,
                     timeout_s=timeout_s,
@@ -559,110 +544,3 @@ def shutdown() -> None:
 
 
 atexit.register(shutdown)
-
-
-# --- Where ranks come from. ---
-
-
-def _check_ranks(config: EpConfig, ranks: Sequence[int], own: Sequence[int]) -> None:
-    bad = [r for r in ranks if not 0 <= r < config.max_ranks]
-    if bad or len(set(ranks)) != len(ranks):
-        raise ValueError(
-            f"initialize: members must be distinct ranks in [0, {config.max_ranks}); got {list(ranks)}; "
-            "raise EpConfig.max_ranks, or number the members from 0"
-        )
-    if not own:
-        raise ValueError(
-            "initialize: mesh must contain a device of this process; got none; build it over jax.devices()"
-        )
-    for r in own:
-        if r not in ranks:
-            raise ValueError(f"initialize: rank must be one of members {list(ranks)}; got {r}; add it to members")
-
-
-def _member_places(
-    rank: int | None,
-    members: Iterable[int] | None,
-    store: str | None,
-    secret: str | None,
-    elastic: bool,
-    join: bool,
-) -> tuple[list[tuple[jax.Device, str, int]], list[int], str | None, str | None]:
-    env = rank_env()
-    if env is not None:
-        rank = env.rank if rank is None else rank
-        members = range(env.num_ranks) if members is None else members
-        store = env.store if store is None else store
-    if join and rank is not None:
-        members = [rank]
-    if rank is None or members is None:
-        raise ValueError(
-            f"initialize: rank and members must be given; got rank={rank}, members={members}; "
-            "pass them, or pass mesh=, or start with `python -m jax_nixlep.launch -n N script.py`"
-        )
-    ranks = [int(r) for r in members]
-    if store is None and (len(ranks) > 1 or elastic):
-        raise ValueError(
-            f"initialize: store must be given for {len(ranks)} members; got None; "
-            'pass store="tcp://host:port", the same on every member'
-        )
-    return (
-        [(jax.local_devices()[0], "", int(rank))],
-        ranks,
-        store if len(ranks) > 1 or elastic else None,
-        secret,
-    )
-
-
-def _mesh_places(mesh: jax.sharding.Mesh, axis: str | tuple[str, ...]) -> tuple[list[tuple[jax.Device, str, int]], int]:
-    """(device, team, rank) of each local device of the mesh, and the size of a team."""
-    axes = (axis,) if isinstance(axis, str) else tuple(axis)
-    names = list(mesh.axis_names)
-    for name in axes:
-        if name not in names:
-            raise ValueError(f"initialize: axis must name axes of the mesh {names}; got {name!r}; rename one of them")
-    rest = [i for i, name in enumerate(names) if name not in axes]
-    sizes = [mesh.shape[name] for name in axes]
-    places = []
-    for index, device in np.ndenumerate(mesh.devices):
-        if device.process_index == jax.process_index():
-            team = ",".join(f"{names[i]}={index[i]}" for i in rest)
-            rank = int(np.ravel_multi_index([index[names.index(name)] for name in axes], sizes))
-            places.append((device, team, rank))
-    return places, math.prod(sizes)
-
-
-_mesh_groups = itertools.count()  # of a job, one after the other: all processes count alike
-
-
-def _mesh_store(
-    url: str | None, secret: str | None, number: int, timeout_s: float
-) -> tuple[str | None, str | None, StoreServer | None]:
-    """The store of a mesh's processes: the given one, the launcher's, or one that process 0 serves."""
-    env = rank_env()
-    if url is None and env is not None:
-        url = env.store
-    if url is not None:
-        return url, secret, None
-    if jax.process_count() == 1:
-        secret = secrets.token_hex(16)
-        server = StoreServer(secret=secret)
-        return server.url, secret, server
-    from jax._src.distributed import global_state  # the job's own key-value service has no public name
-
-    client: Any = global_state.client
-    key = f"jax_nixlep/store/{number}"
-    if jax.process_index() == 0:
-        host = str(global_state.coordinator_address).rsplit(":", 1)[0]
-        secret = secrets.token_hex(16)
-        server = StoreServer(host=host, secret=secret)
-        client.key_value_set(key, json.dumps([server.url, secret]))
-        return server.url, secret, server
-    try:
-        url, secret = json.loads(client.blocking_key_value_get(key, int(1e3 * timeout_s)))
-    except jax.errors.JaxRuntimeError as error:
-        raise TimeoutError(
-            f"initialize: process 0 did not arrive within {timeout_s:g} s ({error}); check that all call initialize "
-            "equally often, or raise init_timeout_s"
-        ) from error
-    return url, secret, None

@@ -19,7 +19,7 @@ from jax_nixlep.config import EpConfig
 from jax_nixlep.dispatch import dispatch
 from jax_nixlep.experts import grouped_mlp
 from jax_nixlep.group import EpGroup, joined
-from jax_nixlep.placement import Placement, identity_placement, to_slots
+from jax_nixlep.placement import Placement, check_experts, identity_placement, to_slots
 from jax_nixlep.router import Router, route
 
 Params = Mapping[str, jax.Array]
@@ -277,34 +277,36 @@ def _shared_expert(x, params, activation):
     return grouped_mlp(x, sizes, *stacked, activation=activation)
 
 
-def require(ok: bool, name: str, must: str, got: object, remedy: str) -> None:
+def _require(ok: bool, name: str, must: str, got: object, remedy: str) -> None:
     if not ok:
         raise ValueError(f"nixlep_moe: {name} must {must}; got {got}; {remedy}")
 
 
 def _check(x, params, config, router, placement, axes, mesh, token_axes, backend, chunk_tokens) -> None:
-    require(backend in ("native", "xla"), "backend", 'be "native" or "xla"', repr(backend), "choose one of the two")
-    require(
+    _require(backend in ("native", "xla"), "backend", 'be "native" or "xla"', repr(backend), "choose one of the two")
+    _require(
         router.top_k == config.top_k,
         "router.top_k",
         f"be config.top_k = {config.top_k}",
         router.top_k,
         "make them equal",
     )
-    require(
+    _require(
         x.ndim >= 2 and x.shape[-1] == config.hidden, "x", f"be [..., {config.hidden}]", x.shape, "use config.hidden"
     )
     for name in ("gate", "wi_0", "wo"):
-        require(name in params, "params", f"contain {name!r}", sorted(params), "see the docstring")
+        _require(name in params, "params", f"contain {name!r}", sorted(params), "see the docstring")
     known = {"gate", "gate_bias", "score_bias", *_EXPERT_PARAMS, *_SHARED_PARAMS}
-    require(set(params) <= known, "params", f"only contain {sorted(known)}", sorted(set(params) - known), "rename them")
+    _require(
+        set(params) <= known, "params", f"only contain {sorted(known)}", sorted(set(params) - known), "rename them"
+    )
     shape = (config.hidden, router.num_experts)
-    require(
+    _require(
         params["gate"].shape == shape, 'params["gate"]', f"be {shape}", params["gate"].shape, "transpose or resize it"
     )
     if placement is not None:
         got = placement.counts.shape[0]
-        require(got == router.num_experts, "placement", f"be of {router.num_experts} experts", got, "make them equal")
+        _require(got == router.num_experts, "placement", f"be of {router.num_experts} experts", got, "make them equal")
     slots, remedy = config.experts_per_rank, "stack one expert per slot"
     ranks = 0  # not known, in a process that is a rank by itself
     if mesh is None:
@@ -314,11 +316,11 @@ def _check(x, params, config, router, placement, axes, mesh, token_axes, backend
             ranks = math.prod(around.shape[name] for name in axes)
     else:
         for name in (*axes, *token_axes):
-            require(
+            _require(
                 name in mesh.axis_names, "axis", f"name axes of the mesh {mesh.axis_names}", name, "rename one of them"
             )
         parts = math.prod(mesh.shape[name] for name in token_axes)
-        require(
+        _require(
             x.shape[0] % parts == 0,
             "x",
             f"have a first axis that can be cut in {parts}, for the mesh axes {token_axes}",
@@ -326,24 +328,18 @@ def _check(x, params, config, router, placement, axes, mesh, token_axes, backend
             "flatten batch and sequence, or fill up with tokens of token_mask False",
         )
         ranks = math.prod(mesh.shape[name] for name in axes)
-        require(
+        _require(
             ranks <= config.max_ranks, "mesh", f"have at most max_ranks = {config.max_ranks} ranks", ranks, "raise it"
         )
         slots *= ranks
     if placement is None and ranks:
-        require(
-            router.num_experts <= ranks * config.experts_per_rank,
-            "router.num_experts",
-            f"be at most the {ranks * config.experts_per_rank} slots of {ranks} ranks",
-            router.num_experts,
-            "raise experts_per_rank",
-        )
+        check_experts("nixlep_moe", router.num_experts, range(ranks), config.experts_per_rank)
     for name in _EXPERT_PARAMS:
         if name in params:
             got = params[name].shape
-            require(got[0] == slots, f"params[{name!r}]", f"have {slots} slots in front", got, remedy)
+            _require(got[0] == slots, f"params[{name!r}]", f"have {slots} slots in front", got, remedy)
     if chunk_tokens is not None:
-        require(
+        _require(
             0 < chunk_tokens <= config.max_tokens_per_rank,
             "chunk_tokens",
             f"be in [1, {config.max_tokens_per_rank}]",
@@ -356,13 +352,15 @@ def _check_group(group: EpGroup, config, router, placement, axes, mesh) -> None:
     """Whether the group that this process has joined is the one that the arguments speak of."""
     for name in ("max_ranks", "experts_per_rank", "max_tokens_per_rank", "hidden", "top_k"):
         own, theirs = getattr(config, name), getattr(group.config, name)
-        require(own == theirs, f"config.{name}", f"be the group's {theirs}", own, "pass the config given to initialize")
+        _require(
+            own == theirs, f"config.{name}", f"be the group's {theirs}", own, "pass the config given to initialize"
+        )
     if mesh is not None:
         where = group.misplaced(mesh, axes)
-        require(not where, "mesh", f"place devices along {axes} as the mesh of the group", where, "pass that mesh")
+        _require(not where, "mesh", f"place devices along {axes} as the mesh of the group", where, "pass that mesh")
     elif placement is None and not jax.sharding.get_abstract_mesh().manual_axes and not group.is_elastic:
         ranks = math.ceil(router.num_experts / config.experts_per_rank)
-        require(
+        _require(
             set(range(ranks)) <= set(group.members),
             "router.num_experts",
             f"have slots on the ranks {list(group.members)}, from rank 0 on",

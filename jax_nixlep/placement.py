@@ -95,17 +95,18 @@ def check_table(
       ValueError: `table` is none for these members, of this length, with these experts; begins with `op`.
     """
     stray = [slot for slot, e in enumerate(table) if e >= 0 and slot // per_rank not in members]
-    if len(table) != max_ranks * per_rank or stray or max(table) >= num_experts:
+    slots = Counter(e for e in table if e >= 0)
+    if len(table) != max_ranks * per_rank or stray or max(slots, default=-1) >= num_experts:
         raise ValueError(
             f"{op}: table must have {max_ranks * per_rank} slots with experts below {num_experts}, on members only; "
             f"got {len(table)} slots, strays {stray[:4]}; use -1 for empty slots"
         )
-    expert, slots = Counter(e for e in table if e >= 0).most_common(1)[0] if max(table) >= 0 else (-1, 0)
-    if slots > max_ranks:
-        raise ValueError(
-            f"{op}: table must give an expert at most max_ranks = {max_ranks} slots; got {slots} for expert {expert}; "
-            "put its replicas on different ranks"
-        )
+    for expert, count in slots.items():
+        if count > max_ranks:
+            raise ValueError(
+                f"{op}: table must give an expert at most max_ranks = {max_ranks} slots; got {count} for expert "
+                f"{expert}; put its replicas on different ranks"
+            )
 
 
 def plan_table(

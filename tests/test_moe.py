@@ -232,7 +232,7 @@ def own_shard_map_job():
 
     def block(x, params):
         crowded = params | {"gate": jnp.zeros((HIDDEN, 9))}
-        with pytest.raises(ValueError, match="num_experts must be at most the 8 slots of 2 ranks; got 9"):
+        with pytest.raises(ValueError, match="num_experts must be at most the 8 slots of 2 members; got 9"):
             nx.nixlep_moe(x, crowded, config=config, router=nx.Router(num_experts=9, top_k=TOP_K))
         y, aux = nx.nixlep_moe(2 * x, params, config=config, router=ROUTER, token_axes=("dp", "ep"))
         return x + y, jax.lax.psum(y.sum(), ("dp", "ep")) + aux.loss

@@ -237,15 +237,14 @@ class Follower:
             self._healer.start()
 
     def _heal(self, epoch: int) -> None:
-        began = False
         try:
-            change = self._rebalance()
-            began = True
-            self._commit(change)
-        except Exception as error:  # whatever it is: all wait for the experts, or for the last attempt
-            if not began and isinstance(error, (ElasticError, StoreError)):
+            try:
+                change = self._rebalance()
+            except (ElasticError, StoreError):
                 self._shared.closing.wait(0.2)  # another change runs, or the store is away
                 return
+            self._commit(change)
+        except Exception as error:  # whatever it is: all wait for the experts, or for the last attempt
             failed = self._failed_heals[1] + 1 if self._failed_heals[0] == epoch else 1
             self._failed_heals = (epoch, failed)
             _log.warning("elastic: lost experts are not restored (attempt %d of %d): %s", failed, _HEALS, error)

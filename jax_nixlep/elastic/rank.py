@@ -263,8 +263,9 @@ class Elastic:
                 "raise EpConfig.max_ranks"
             )
         if table is None:
-            loads = [lease["load"] for rank, lease in leases(self._store).items() if rank in state.members]
-            load = np.sum(loads, axis=0) if loads else np.zeros(self._num_experts)
+            told = leases(self._store).items()
+            loads = (np.asarray(lease["load"]) for rank, lease in told if rank in state.members)
+            load = sum(loads, np.zeros(self._num_experts))
             table = plan_table(wanted, self._config.experts_per_rank, np.array(state.table), load, **plan)
         rows = tuple(int(e) for e in table)
         config = self._config
