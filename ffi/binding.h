@@ -64,7 +64,6 @@ void BindEndpoint(py::class_<E, std::shared_ptr<E>>& endpoint) {
   endpoint.def("open_nixl", &OpenNixl<E>, py::arg("library"), py::arg("name"))
       .def("connect_nixl", &ConnectNixl<E>, py::arg("peer"), py::arg("metadata"), py::arg("remote_base"),
            py::arg("nonce"))
-      .def("drop_peer", &E::DropPeer, py::arg("peer"), Unlocked())
       .def(
           "activate", [](E& e, int epoch, const std::vector<int>& members) { e.Activate(uint16_t(epoch), members); },
           py::arg("epoch"), py::arg("members"), Unlocked())
@@ -82,6 +81,7 @@ void BindElastic(py::class_<E, std::shared_ptr<E>>& endpoint) {
       .def(
           "prepare", [](E& e, const std::vector<int>& members) { e.Prepare(members); }, py::arg("members"), Unlocked(),
           "Makes ready what `activate` with these members needs; operations go on.")
+      .def("drop_peer", &E::DropPeer, py::arg("peer"), Unlocked())
       .def("interrupt", &E::Interrupt, "Ends the running operation; refuses others until `activate`.")
       .def("drain", &E::Drain, Unlocked(), "Returns when no operation runs.")
       .def("peer_alive", &E::PeerAlive, py::arg("peer"), "False once a peer of this machine is known to be dead.")

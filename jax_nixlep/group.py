@@ -277,13 +277,14 @@ class EpGroup:
             return
         self._rendezvous = Rendezvous(self._store, self._seats, about, self._members, timeout_s)
         self._rendezvous.connect()
-        if self._elastic is None:
-            self._activate()
-        else:
-            self._seats[0].endpoint.prepare(list(self._members))
-            self._seats[0].endpoint.activate(0, [self.rank])  # alone, until the first `step`
-            if self.rank == self._members[0]:
-                self._elastic.create(self._members)
+        with self._rendezvous.telling():
+            if self._elastic is None:
+                self._activate()
+            else:
+                self._seats[0].endpoint.prepare(list(self._members))
+                self._seats[0].endpoint.activate(0, [self.rank])  # alone, until the first `step`
+                if self.rank == self._members[0]:
+                    self._elastic.create(self._members)
         self._rendezvous.barrier("active")
         if self._elastic is not None:
             self._elastic.open(self._rendezvous.nonces(self._seats[0]), timeout_s)

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -67,8 +67,14 @@ class Rendezvous:
           RuntimeError: a member failed; says which and why.
         """
         self._arrive()
-        try:
+        with self.telling():
             self._connect_all()
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """What fails in here is told to the members that wait in a step of `connect` or in `barrier`."""
+        try:
+            yield
         except Exception as error:
             for seat in self._seats:
                 self._put(seat, "failed", f"{type(error).__name__}: {error}")
@@ -79,6 +85,7 @@ class Rendezvous:
 
         Raises:
           TimeoutError: names the ranks that did not, within `timeout_s` of now.
+          RuntimeError: a member failed in `telling`; says which and why.
         """
         self._deadline = time.monotonic() + self._timeout_s
         try:

@@ -271,6 +271,22 @@ def test_members_that_differ_are_named(pools):
     assert "members must be equal on every rank; got [0, 1] on rank 0" in caught.value.errors[0]
 
 
+def rank_cannot_begin(job):
+    def refuse(group):
+        raise OSError("no memory for an epoch")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if job.rank == 1:
+            patch.setattr(nx.EpGroup, "_activate", refuse)
+        job.initialize(CONFIG)
+
+
+def test_a_rank_that_fails_after_it_was_met_tells_why(pools):
+    with pytest.raises(RankError) as caught:
+        pools(2).run(rank_cannot_begin)
+    assert caught.value.errors[0] == "RuntimeError: initialize: rank 1 failed: OSError: no memory for an epoch"
+
+
 def rank_with_store(job, url, init_timeout_s=1, **options):
     job.initialize(CONFIG, store=url, init_timeout_s=init_timeout_s, **options)
 

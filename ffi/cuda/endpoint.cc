@@ -9,9 +9,8 @@
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
-#include <future>
 #include <map>
+#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -78,7 +77,6 @@ int NumSms(int device) {
 }
 
 constexpr std::chrono::milliseconds kWatch{20};  // between two looks at whether the peers live
-constexpr std::chrono::seconds kViewTimeout{30};
 
 }  // namespace
 
@@ -189,11 +187,6 @@ struct Place {
   int32_t device;
 };
 
-// NIXL waits without end for a rank that dies while it is being connected.
-constexpr const char* kStuck =
-    "endpoint: a rank that is being connected must answer; got none for 30 s, and NIXL waits on; start this rank "
-    "again, it cannot connect to others any more";
-
 std::string CudaEndpoint::OpenNixl(const std::string& library, const std::string& name) {
   std::lock_guard connect(connect_);
   OnDevice current(device_);
@@ -286,22 +279,13 @@ std::shared_ptr<CudaEndpoint::Views> CudaEndpoint::MakeViews(Links links) {
   views->links = std::move(links);
   views->nixl = nixl_.get();
   if (!any) return views;
-  std::promise<void*> made;
-  std::future<void*> remote = made.get_future();
-  std::thread([rows = std::move(rows), made = std::move(made), nixl = nixl_.get(), device = device_]() mutable {
-    try {
-      OnDevice current(device);
-      made.set_value(nixl->RemoteView(rows));
-    } catch (...) {
-      made.set_exception(std::current_exception());
-    }
-  }).detach();
-  if (remote.wait_for(kViewTimeout) != std::future_status::ready) {
+  const std::optional<void*> remote = RemoteViewInTime(*nixl_, std::move(rows), device_);
+  if (!remote) {
     stuck_ = true;
-    new Links(std::move(views->links));  // stays: ending a connection would wait, too
+    new Links(std::move(views->links));
     throw EpError(kStuck);
   }
-  views->remote = remote.get();
+  views->remote = *remote;
   Check(FindPointers(views->remote, 2 * R, host_->wanted, host_->pointers, background_),
         "looking for pointers to the peers");
   Check(cudaStreamSynchronize(background_), "looking for pointers to the peers");

@@ -4,10 +4,18 @@
 #include <cuda_runtime.h>
 #include <nvtx3/nvToolsExt.h>
 
+#include <chrono>
 #include <cstdlib>
+#include <exception>
+#include <future>
+#include <optional>
 #include <string>
+#include <thread>
+#include <utility>
+#include <vector>
 
 #include "runtime/endpoint.h"
+#include "runtime/nixl_agent.h"
 
 namespace jax_nixlep::cuda {
 
@@ -34,6 +42,28 @@ class OnDevice {
 inline bool PointersAllowed() {
   const char* text = std::getenv("JAX_NIXLEP_P2P");
   return !text || std::string(text) != "0";
+}
+
+constexpr std::chrono::seconds kViewTimeout{30};
+constexpr const char* kStuck =
+    "endpoint: a rank that is being connected must answer; got none for 30 s, and NIXL waits on; start this rank "
+    "again, it cannot connect to others any more";
+
+// A view of peers' memory. NIXL waits without end for a rank that stops while it is being connected. Nothing then: the
+// caller throws kStuck, and leaves the agent and its connections to the process, since ending one would wait, too.
+inline std::optional<void*> RemoteViewInTime(NixlAgent& nixl, std::vector<NixlAgent::ViewRow> rows, int device) {
+  std::promise<void*> made;
+  std::future<void*> view = made.get_future();
+  std::thread([rows = std::move(rows), made = std::move(made), &nixl, device]() mutable {
+    try {
+      OnDevice current(device);
+      made.set_value(nixl.RemoteView(rows));
+    } catch (...) {
+      made.set_exception(std::current_exception());
+    }
+  }).detach();
+  if (view.wait_for(kViewTimeout) != std::future_status::ready) return std::nullopt;
+  return view.get();
 }
 
 // What profilers show for a scope.

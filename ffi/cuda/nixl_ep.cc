@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <optional>
 #include <thread>
 #include <type_traits>
 
@@ -193,18 +194,6 @@ void NixlEpEndpoint::ConnectUpstream(int peer, const std::string& metadata, doub
   }
 }
 
-void NixlEpEndpoint::DropPeer(int peer) {
-  std::lock_guard lock(mutex_);
-  OnDevice current(device_);
-  Peer& p = peers_.at(size_t(peer));
-  if (p.agent.empty()) return;
-  // The views hold the connection: they go first, and Activate makes them anew.
-  Check(cudaDeviceSynchronize(), "finishing before a peer is dropped");
-  ReleaseViews();
-  nixl_->Disconnect(p.agent);
-  p = {};
-}
-
 void NixlEpEndpoint::ReleaseViews() {
   for (void** view : {&context_.local_view, &context_.barrier_view, &context_.remote_view}) {
     if (*view) nixl_->ReleaseView(*view);
@@ -223,9 +212,17 @@ void NixlEpEndpoint::MakeViews() {
   }
   const NixlAgent::ViewRow own[] = {{reinterpret_cast<uint64_t>(memory_), num_bytes(), device_},
                                     {reinterpret_cast<uint64_t>(context_.barrier_counts), counter_bytes, device_}};
+  auto remote = [&](std::vector<NixlAgent::ViewRow> rows) {
+    const std::optional<void*> view = RemoteViewInTime(*nixl_, std::move(rows), device_);
+    if (!view) {
+      static_cast<void>(nixl_.release());
+      throw EpError(kStuck);
+    }
+    return *view;
+  };
   context_.local_view = nixl_->LocalView(own);
-  context_.remote_view = nixl_->RemoteView(regions);
-  context_.barrier_view = nixl_->RemoteView(counters);
+  context_.remote_view = remote(std::move(regions));
+  context_.barrier_view = remote(std::move(counters));
 }
 
 // The kernels keep the peers' pointers themselves. That they put the right ones in the right place shows that they read
@@ -281,6 +278,7 @@ void NixlEpEndpoint::Activate(uint16_t epoch, std::span<const int> members) {
     if (!peers_[r].agent.empty()) connected.push_back(int(r));
   }
   if (nixl_) ReleaseViews();
+  if (!connected.empty() && !nixl_) throw EpError(kStuck);
   if (!connected.empty()) MakeViews();
   Check(cudaMemcpy(Piece(context_at_), &context_, sizeof(context_), cudaMemcpyHostToDevice), "writing the context");
   if (!connected.empty()) FindPointersOf(connected);

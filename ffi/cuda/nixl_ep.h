@@ -96,7 +96,6 @@ class NixlEpEndpoint {
   // Meets a peer that is upstream's Buffer while it runs connect_ranks. Both agents must have their ranks as names.
   std::string AgentMetadata() const;
   void ConnectUpstream(int peer, const std::string& metadata, double timeout_s);
-  void DropPeer(int peer);
   // All members must be idle, and none may begin an operation before all have done this.
   void Activate(uint16_t epoch, std::span<const int> members);
   void Close();
@@ -165,7 +164,7 @@ class NixlEpEndpoint {
   int32_t* host_mask_ = nullptr;  // as of the last operation that has run
   std::vector<int32_t> fatal_;    // peers that must not be masked by an operation
   cudaStream_t stream_ = nullptr;
-  std::unique_ptr<NixlAgent> nixl_;
+  std::unique_ptr<NixlAgent> nixl_;  // none any more where a peer that was being connected did not answer
   Context context_{};
   std::vector<Peer> peers_;
   uint16_t epoch_ = 0;

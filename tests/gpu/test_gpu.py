@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import time
 
 import jax.numpy as jnp
@@ -589,6 +590,41 @@ def rank_leaves(job, config):
 def test_a_peer_that_leaves_ends_the_wait(gpu_pools):
     took, failure = gpu_pools(2).run(rank_leaves, make_config())[0]
     assert took < 15 and "rank 1 has left" in failure
+
+
+def rank_stops_while_it_is_met(job, config, folder, kernels):
+    """Rank 1 stops when the other knows how to connect to it. What that one is told."""
+    import jax_nixlep as nx
+    from jax_nixlep.rendezvous import Rendezvous
+
+    put, pid = Rendezvous._put, folder / "pid"
+
+    def put_and_stop(self, seat, step, value, ttl_s=None):
+        put(self, seat, step, value, ttl_s)
+        if step == "nixl":
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    if job.rank == 1:
+        Rendezvous._put = put_and_stop
+        pid.write_text(str(os.getpid()))
+    try:
+        job.initialize(config, kernels=kernels, init_timeout_s=60)
+    except nx.EpError as error:
+        return str(error)
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def check_a_rank_that_stops_while_it_is_met(gpu_pools, config, folder, kernels="native"):
+    with pytest.raises(RankError) as caught:
+        gpu_pools(2).run(rank_stops_while_it_is_met, config, folder, kernels)
+    assert list(caught.value.errors) == [1], caught.value.errors
+    assert "must answer; got none for 30 s" in caught.value.results[0]
+
+
+@pytest.mark.kills
+def test_a_rank_that_stops_while_it_is_met(gpu_pools, tmp_path):
+    check_a_rank_that_stops_while_it_is_met(gpu_pools, make_config(), tmp_path)
 
 
 def combine_as_one_forges(config, rank, forger):

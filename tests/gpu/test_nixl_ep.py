@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import test_gpu
 from upstream import collect, deposit
 
 GPU = {"JAX_PLATFORMS": "cuda", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -253,6 +254,11 @@ def test_a_late_peer_poisons_and_is_named(gpu_pools):
         (received, y), *more = steps
         assert not more and np.isnan(received.tokens.astype(np.float32)).all() and np.isnan(y.astype(np.float32)).all()
         assert "rank 2 did not arrive within 2" in error and "rank 2 did not arrive" in health.failure
+
+
+@pytest.mark.kills
+def test_a_rank_that_stops_while_it_is_met(gpu_pools, tmp_path):
+    test_gpu.check_a_rank_that_stops_while_it_is_met(gpu_pools, make_config(), tmp_path, "nixl_ep")
 
 
 # --- A rank that is upstream's own Buffer ---
