@@ -49,8 +49,8 @@ constexpr const char* kStuck =
     "endpoint: a rank that is being connected must answer; got none for 30 s, and NIXL waits on; start this rank "
     "again, it cannot connect to others any more";
 
-// A view of peers' memory. NIXL waits without end for a rank that stops while it is being connected. Nothing then: the
-// caller throws kStuck, and leaves the agent and its connections to the process, since ending one would wait, too.
+// A view of peers' memory. NIXL can wait without end for a rank that dies while it is being connected. Nothing then:
+// the caller throws kStuck, and leaves the agent and its connections to the process, since ending one would wait, too.
 inline std::optional<void*> RemoteViewInTime(NixlAgent& nixl, std::vector<NixlAgent::ViewRow> rows, int device) {
   std::promise<void*> made;
   std::future<void*> view = made.get_future();

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -257,8 +258,9 @@ def test_a_late_peer_poisons_and_is_named(gpu_pools):
 
 
 @pytest.mark.kills
-def test_a_rank_that_stops_while_it_is_met(gpu_pools, tmp_path):
-    test_gpu.check_a_rank_that_stops_while_it_is_met(gpu_pools, make_config(), tmp_path, "nixl_ep")
+@pytest.mark.parametrize("by", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_that_ends_while_it_is_met(gpu_pools, tmp_path, by):
+    test_gpu.check_a_rank_that_ends_while_it_is_met(gpu_pools, make_config(), tmp_path, by, "nixl_ep")
 
 
 # --- A rank that is upstream's own Buffer ---
