@@ -76,8 +76,9 @@ class Rendezvous:
         try:
             yield
         except Exception as error:
-            for seat in self._seats:
-                self._put(seat, "failed", f"{type(error).__name__}: {error}")
+            with contextlib.suppress(StoreError):  # the error itself says more
+                for seat in self._seats:
+                    self._put(seat, "failed", f"{type(error).__name__}: {error}")
             raise
 
     def barrier(self, name: str, *, op: str = "initialize") -> None:
