@@ -109,7 +109,7 @@ class Rendezvous:
         return {rank: int(hello["address"]["nonce"]) for rank, hello in self._hellos[seat].items()}
 
     def close(self) -> None:
-        """Removes what this process wrote, unless the meeting failed: then others still have to read why.
+        """Removes what this process wrote, but for why it failed, if it did: others still have to read that.
 
         Raises:
           StoreError: the store is away. A member that served it may have left first, so that is found out soon.

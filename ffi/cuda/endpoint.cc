@@ -282,7 +282,7 @@ std::shared_ptr<CudaEndpoint::Views> CudaEndpoint::MakeViews(Links links) {
   const std::optional<void*> remote = RemoteViewInTime(*nixl_, std::move(rows), device_);
   if (!remote) {
     stuck_ = true;
-    new Links(std::move(views->links));
+    new Links(std::move(views->links));  // stays: ending a connection would wait, too
     throw EpError(kStuck);
   }
   views->remote = *remote;
